@@ -1,0 +1,139 @@
+// store.h owns the chunk store's interface: one Store is one target on one Device, used by one reactor thread.
+// All data operations are asynchronous Requests; completions run from Store::tick() or from the device's poll().
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.h"
+
+namespace kvfs {
+
+constexpr uint32_t kMaxChunk = 16u << 20;      // bytes
+constexpr uint32_t kFileChunk = 64u << 10;     // bytes of a file's chunk
+constexpr uint32_t kSubBlockMin = 4u << 10;    // smallest checksum unit of chunks above 8 KiB
+
+enum class Kind : uint8_t { Block = 1, File = 2 };
+
+// 40 bytes. Block: ns = namespace id, key_len = 1..32 (33: hash of a longer key), id = key zero-padded.
+// File: ns = 0, key_len = 16, id = inode (u64 LE), chunk index (u64 LE), zeros.
+struct ChunkKey {
+  Kind kind = Kind::Block;
+  uint8_t key_len = 0;
+  uint8_t rsv[2] = {0, 0};
+  uint32_t ns = 0;
+  uint8_t id[32] = {};
+  bool operator==(const ChunkKey&) const = default;
+};
+static_assert(sizeof(ChunkKey) == 40);
+
+struct Request;
+using RequestDone = void (*)(Request*);
+
+struct Request {
+  enum class Op : uint8_t {
+    Get,       // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
+    Put,       // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
+    Write,     // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion; buffered
+               // in the write-back cache unless Durable. result = len
+    Truncate,  // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
+    Delete,    // 0 or -ENOENT
+    Flush,     // file chunks of inode key.id[0..8): write-back + journal + barrier. 0
+    Sync,      // everything acknowledged so far. 0
+    Checkpoint // 0
+  };
+  static constexpr uint8_t kDurable = 1;  // complete only when it survives power loss
+  static constexpr uint8_t kNoTouch = 2;  // not an access for eviction
+  static constexpr uint8_t kEvictable = 4; // Put: belongs to a cache namespace
+  Op op = Op::Get;
+  uint8_t flags = 0;
+  ChunkKey key;
+  uint32_t off = 0;  // bytes within the chunk
+  uint32_t len = 0;  // bytes
+  MemRef mem;
+  int64_t result = 0;
+  RequestDone done = nullptr;
+  void* owner = nullptr;
+  Request* next = nullptr;       // the owner's while idle, the store's while submitted
+  alignas(8) uint8_t priv[64];   // the store's scratch
+};
+
+struct ChunkInfo {
+  ChunkKey key;
+  uint32_t length;
+  uint32_t version;
+  uint32_t mtime;  // seconds since 1970
+};
+
+struct FormatOptions {
+  uint64_t size = 0;            // bytes to use; 0 = whole device
+  uint32_t segment_bytes = 0;   // 0 = chosen from size: power of two, 1..16 MiB
+  uint64_t journal_bytes = 0;   // 0 = chosen: size/64 clamped to [4 MiB, 64 MiB]
+};
+
+struct StoreOptions {
+  uint64_t memory_bytes = 64u << 20;   // DRAM tier of hot pages (0 = off)
+  uint64_t dirty_bytes = 64u << 20;    // bound of the write-back cache
+  bool verify = true;                  // check XXH3 on every device read
+  double high_watermark = 0.95;        // fraction of data space where eviction of cache blocks starts
+  double low_watermark = 0.92;
+  uint32_t lazy_ms = 500;              // a lazy operation is on stable storage within this time
+  uint32_t max_inflight_io = 256;
+  bool read_only = false;              // fsck: recover in memory, write nothing
+};
+
+struct StoreStats {
+  uint64_t chunks, block_chunks, file_chunks;
+  uint64_t data_bytes;        // sum of chunk lengths
+  uint64_t slot_bytes;        // sum of the slots that hold them
+  uint64_t capacity_bytes;    // all segments
+  uint64_t free_bytes;        // free segments + free slots
+  uint64_t free_segments, total_segments;
+  uint64_t index_bytes;       // memory of the index, all of it
+  uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;
+  uint64_t mem_hits, mem_bytes;        // DRAM tier
+  uint64_t journal_groups, journal_bytes, checkpoints, flushes, moves;  // moves: chunks relocated by defragmentation
+  uint64_t dirty_bytes;       // write-back cache
+  uint64_t bytes_read, bytes_written;  // of users
+};
+
+// Errors of open/format: errno plus one sentence for people.
+struct Status {
+  int err = 0;
+  std::string message;
+  explicit operator bool() const { return err == 0; }
+};
+
+class Store {
+ public:
+  static Status format(Device& dev, const FormatOptions& opt);
+  // Recovers and returns a ready store; drives dev.poll itself. EUCLEAN: damaged, fsck needed. EPROTO: other version.
+  static Status open(Device& dev, const StoreOptions& opt, std::unique_ptr<Store>* out);
+  virtual ~Store() = default;
+  // Final checkpoint and clean mark; drives dev.poll itself. The store accepts nothing afterwards.
+  virtual Status close() = 0;
+
+  virtual void submit(Request* r) = 0;
+  // Runs group commit, write-back, eviction, checkpoint steps. Call once per reactor turn, after dev.poll.
+  virtual void tick(uint64_t now_ns) = 0;
+  // When tick must run next even if nothing happens (CLOCK_MONOTONIC ns), UINT64_MAX = never.
+  virtual uint64_t deadline_ns() const = 0;
+  // True if tick() has work that does not wait for I/O.
+  virtual bool busy() const = 0;
+
+  // Synchronous, memory only. Length in bytes or -ENOENT. Sees write-back contents.
+  virtual int64_t lookup(const ChunkKey& key, ChunkInfo* info) = 0;
+  // Prefetch hint for a coming lookup/submit of this key.
+  virtual void prefetch(const ChunkKey& key) = 0;
+  // Walks the index from *cursor (0 = start) examining at most `budget` entries; calls fn for chunks of (kind, ns)
+  // (ns 0xffffffff = any); fn returns false to stop before consuming that entry. Sets *cursor; returns false at the end.
+  // An entry present for the whole scan is reported at least once; callers dedup by key if they must.
+  virtual bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
+                    const std::function<bool(const ChunkInfo&)>& fn) = 0;
+  virtual StoreStats stats() const = 0;
+};
+
+}  // namespace kvfs
