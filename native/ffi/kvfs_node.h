@@ -1,0 +1,89 @@
+/* kvfs_node.h owns the C interface between the Python daemon and the native node (reactor + control server).
+ * All calls are thread-safe unless stated; none holds a lock while it waits for I/O except kvfs_node_call.
+ * Results: >= 0 or -errno; text for people goes to `err` (NUL-terminated, may be NULL). */
+#ifndef KVFS_NODE_H
+#define KVFS_NODE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../include/kvfs_ring.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct kvfs_node kvfs_node;
+
+#define KVFS_ANY_UID 0xffffffffu
+
+struct kvfs_node_config {
+  const char* data_path;   /* block device or preallocated file */
+  const char* socket_path; /* NULL: no clients but the in-process ring. `<socket_path>.fd` takes file handles. */
+  uint64_t memory_bytes;   /* DRAM tier; 0 = off */
+  uint64_t dirty_bytes;    /* write-back bound; 0 = default */
+  uint32_t verify;         /* check checksums of device reads */
+  uint32_t allowed_uid;    /* besides the daemon's own uid and 0; KVFS_ANY_UID = nobody else */
+  uint32_t max_sessions;   /* 0 = 64 */
+  uint32_t read_only;
+  uint64_t session_bytes;  /* iov memory of one session; 0 = 4 GiB */
+  uint64_t mount_dev;      /* st_dev of the mount, for file handles; 0 = set later by kvfs_node_set_mount */
+  double high_watermark;   /* 0 = default */
+  double low_watermark;
+};
+
+/* Counters and gauges; copied by the reactor between two turns. */
+struct kvfs_node_stats {
+  uint64_t chunks, block_chunks, file_chunks, data_bytes, slot_bytes, capacity_bytes, free_bytes;
+  uint64_t free_segments, total_segments, index_bytes;
+  uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;
+  uint64_t mem_hits, mem_bytes, journal_groups, journal_bytes, checkpoints, flushes, moves, dirty_bytes;
+  uint64_t bytes_read, bytes_written;
+  uint64_t sessions, rings, iovs, iov_bytes, sqes, bad_sqes, broken_rings, sleeps, turns;
+};
+
+struct kvfs_upcall {
+  uint64_t id;
+  uint32_t kind; /* 1 = a client opens namespace (tenant, name) that kvfs_node_ns_put has not named yet */
+  uint32_t uid;  /* of the client */
+  char tenant[64];
+  char name[128];
+};
+
+int kvfs_node_format(const char* path, uint64_t size, uint32_t segment_bytes, uint64_t journal_bytes, char* err,
+                     size_t err_len);
+int kvfs_node_start(const struct kvfs_node_config* cfg, kvfs_node** out, char* err, size_t err_len);
+/* Ends all sessions, drains, checkpoints, closes. The node is gone afterwards whatever is returned. */
+int kvfs_node_stop(kvfs_node* n, char* err, size_t err_len);
+
+/* In-process ring of 4096 entries. Submit and reap from one thread at a time each. */
+int kvfs_node_submit(kvfs_node* n, const struct kvfs_sqe* sqes, int count); /* how many were taken (may be < count) */
+int kvfs_node_event_fd(kvfs_node* n);                                       /* readable when there is something to reap */
+int kvfs_node_reap(kvfs_node* n, struct kvfs_cqe* out, int max);
+/* One operation, blocking (spins briefly first). Its own ring; calls are serialized. -ETIMEDOUT: the operation goes on
+ * and its memory must stay valid until kvfs_node_stop. */
+int64_t kvfs_node_call(kvfs_node* n, const struct kvfs_sqe* sqe, uint64_t timeout_ns);
+
+int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out);
+
+/* Makes a namespace known. uid: who may open it besides 0 and the daemon's own; KVFS_ANY_UID = everybody admitted. */
+int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_t ns_id, int evictable, uint32_t uid);
+int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name); /* handles already open stay open */
+
+int kvfs_node_upcall_fd(kvfs_node* n);                                /* readable when an upcall waits */
+int kvfs_node_next_upcall(kvfs_node* n, struct kvfs_upcall* out);     /* 1 = filled, 0 = none */
+/* err 0 (after kvfs_node_ns_put) or -errno for the client. */
+int kvfs_node_answer(kvfs_node* n, uint64_t id, int err);
+
+/* Open inodes: INODE_* operations and file handles need the inode open. Opens are counted; the first sets the size. */
+int kvfs_node_inode_open(kvfs_node* n, uint64_t ino, uint64_t size);
+int kvfs_node_inode_close(kvfs_node* n, uint64_t ino); /* references left */
+int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open */
+/* Size and whether data was written since the last call with clear != 0. */
+int kvfs_node_inode_stat(kvfs_node* n, uint64_t ino, uint64_t* size, int* dirty, int clear);
+int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

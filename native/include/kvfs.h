@@ -1,0 +1,82 @@
+/* kvfs.h owns the C interface of libkvfs.so: a client process's way to KV blocks and files over shared-memory rings.
+ * Everything returns >= 0 or -errno. A client (control calls) may be shared by threads; a ring belongs to one thread at
+ * a time. After fork() the child must open its own client: every call on the parent's returns -ECHILD.
+ * If the daemon dies, calls and waits return -EREMOTEIO within 100 ms. */
+#ifndef KVFS_H
+#define KVFS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kvfs_ring.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct kvfs_client kvfs_client;
+typedef struct kvfs_ring kvfs_ring;
+
+#define KVFS_NS_RDONLY 1u /* the handle refuses put and evict with -EACCES */
+#define KVFS_IOV_HUGE 1u  /* try 2 MiB pages; falls back to ordinary ones */
+#define KVFS_NO_TIMEOUT UINT64_MAX
+
+/* One memory area shared with the daemon. */
+struct kvfs_iov {
+  void* base;
+  uint64_t size; /* bytes; the request rounded up to a page */
+  uint16_t id;   /* for kvfs_sqe.iov */
+};
+
+/* One key of a batch. `value_off` is where the value lies in the iov. */
+struct kvfs_block {
+  const void* key;
+  uint32_t key_len;   /* 1..32; longer: status -EINVAL */
+  uint32_t len;       /* bytes to read or to write */
+  uint64_t value_off; /* byte offset in the iov */
+  uint64_t off;       /* get: first byte of the value */
+  int64_t status;     /* out: the operation's result, as in kvfs_ring.h */
+};
+
+int kvfs_open(const char* socket_path, kvfs_client** out);
+/* Frees rings and iovs too. NULL is fine. */
+void kvfs_close(kvfs_client* c);
+
+int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, struct kvfs_iov* out);
+int kvfs_iov_free(kvfs_client* c, struct kvfs_iov* iov);
+
+/* Handle of a namespace (>= 0). */
+int kvfs_ns_open(kvfs_client* c, const char* tenant, const char* name, uint32_t flags);
+int kvfs_ns_close(kvfs_client* c, int handle);
+/* Handle of an open file on the mount; the descriptor's access mode is the handle's. The fd stays the caller's. */
+int kvfs_file_register(kvfs_client* c, int fd);
+int kvfs_file_unregister(kvfs_client* c, int handle);
+
+int kvfs_ring_create(kvfs_client* c, uint32_t entries, kvfs_ring** out);
+int kvfs_ring_destroy(kvfs_ring* r);
+
+/* The next free entry, zeroed, or NULL if `entries` operations are under way. Published by kvfs_submit. */
+struct kvfs_sqe* kvfs_prep(kvfs_ring* r);
+int kvfs_prep_block(kvfs_ring* r, uint8_t opcode, uint8_t flags, int ns, const void* key, uint32_t key_len, uint16_t iov,
+                    uint64_t iov_off, uint64_t off, uint32_t len, uint64_t user_data);
+/* Hands over everything prepared; returns how many. One system call only if the daemon sleeps. */
+int kvfs_submit(kvfs_ring* r);
+/* Up to max completions without waiting; returns how many. */
+int kvfs_peek(kvfs_ring* r, struct kvfs_cqe* out, int max);
+/* Waits for at least min (1..max) completions, returns how many were taken (>= min), or -ETIMEDOUT (none taken),
+ * -EREMOTEIO, or the errno with which the daemon gave the ring up. timeout in ns. */
+int kvfs_wait(kvfs_ring* r, struct kvfs_cqe* out, int min, int max, uint64_t timeout_ns);
+/* Operations submitted and not yet reaped. */
+int kvfs_inflight(const kvfs_ring* r);
+
+/* Blocking batches of any n on a ring with nothing in flight (-EBUSY otherwise). Returns how many have status >= 0. */
+int kvfs_get(kvfs_ring* r, int ns, const struct kvfs_iov* iov, struct kvfs_block* b, int n, uint64_t timeout_ns);
+int kvfs_put(kvfs_ring* r, int ns, const struct kvfs_iov* iov, struct kvfs_block* b, int n, uint8_t flags,
+             uint64_t timeout_ns);
+int kvfs_exists(kvfs_ring* r, int ns, struct kvfs_block* b, int n, uint64_t timeout_ns);
+int kvfs_evict(kvfs_ring* r, int ns, struct kvfs_block* b, int n, uint64_t timeout_ns);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
