@@ -81,7 +81,7 @@ class SimDevice final : public Device {
 
   void hold(bool on) { hold_ = on; }  // while on, poll(false) finishes nothing
   void add_fault(const SimFault& f) { faults_.push_back(f); }
-  void clear_faults() { faults_.clear(); }
+  void clear_faults();
   void fail_writes_after(uint64_t n, int err);  // the device is gone: writes and flushes after the next n writes fail
 
   SimImage& image() { return image_; }           // what a reader sees now
@@ -117,6 +117,8 @@ class SimDevice final : public Device {
   std::vector<Event> trace_;
   std::vector<SimFault> faults_;
   bool hold_ = false;
+  uint64_t until_gone_ = UINT64_MAX;  // writes
+  int gone_err_ = 0;
   uint64_t reads_ = 0, writes_ = 0, flushes_ = 0, overlaps_ = 0, changed_ = 0;
 };
 
