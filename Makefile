@@ -1,0 +1,111 @@
+# Every target does its own set-up and may be run again or interrupted at any time: a stamp in build/ is written last,
+# after the step it stands for has succeeded.
+#   make setup     system packages (apt, as root, only what is missing), .venv, editable install
+#   make test      native tests (ctest) and Python tests (pytest)
+#   make lint      ruff, clang-format, pyright
+#   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
+#   make fuzz      each fuzzer for FUZZ_SECONDS
+#   make demo      a guided run against a real mount
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup test test-native test-python lint sanitize fuzz demo clean
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+FUZZ_SECONDS ?= 20
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := build/stamps
+
+APT := ca-certificates cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
+       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev
+APT_CLANG := clang clang-format llvm
+
+NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)
+PY := $(shell git ls-files '*.py' 2>/dev/null)
+CXX_FILES := $(shell git ls-files 'native/*.h' 'native/*.cpp' 2>/dev/null)
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# apt_install PACKAGES: installs what dpkg does not know as installed; does nothing, and needs no root, otherwise.
+define apt_install
+missing=""; \
+for package in $(1); do \
+  dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
+done; \
+if [[ -n "$$missing" ]]; then \
+  echo "installing:$$missing"; \
+  if [[ $$(id -u) != 0 ]]; then echo "run as root: apt-get install$$missing" >&2; exit 1; fi; \
+  export DEBIAN_FRONTEND=noninteractive; \
+  dpkg --configure -a; \
+  apt-get update -q; \
+  apt-get install -q -y --no-install-recommends $$missing; \
+fi
+endef
+
+$(STAMPS)/apt: Makefile
+	@$(call apt_install,$(APT))
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/apt-clang: Makefile
+	@$(call apt_install,$(APT_CLANG))
+	@mkdir -p $(STAMPS) && touch $@
+
+# The interpreter is copied into the stamp's name by its version, so that another python3 makes another environment.
+$(STAMPS)/venv: Makefile | $(STAMPS)/apt
+	@[[ -x $(BIN)/python ]] && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	  { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/install: $(STAMPS)/venv pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@mkdir -p $(STAMPS) && touch $@
+
+setup: $(STAMPS)/install
+
+test: test-native test-python
+
+test-native: $(STAMPS)/apt
+	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release >build/native.log || { cat build/native.log; exit 1; }
+	cmake --build build/native -j $(JOBS)
+	ctest --test-dir build/native --output-on-failure
+
+test-python: setup
+	$(BIN)/python -m pytest --timeout=120 -rs $(PYTEST_ARGS)
+
+lint: setup $(STAMPS)/apt-clang
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	$(if $(CXX_FILES),clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/pyright --pythonpath $(BIN)/python $(PY)
+
+sanitize: $(STAMPS)/apt
+	cmake -S . -B build/asan -G Ninja -DKVFS_SANITIZE=address >build/asan.log || { cat build/asan.log; exit 1; }
+	cmake --build build/asan -j $(JOBS)
+	ctest --test-dir build/asan --output-on-failure
+	cmake -S . -B build/tsan -G Ninja -DKVFS_SANITIZE=thread >build/tsan.log || { cat build/tsan.log; exit 1; }
+	cmake --build build/tsan -j $(JOBS)
+	ctest --test-dir build/tsan --output-on-failure -L concurrency
+
+# A fuzzer keeps what it learns in build/corpus/NAME; a crash is left in build/fuzz-NAME-*.
+fuzz: $(STAMPS)/apt $(STAMPS)/apt-clang
+	cmake -S . -B build/fuzz -G Ninja -DKVFS_FUZZ=ON -DKVFS_TESTS=OFF -DCMAKE_C_COMPILER=clang \
+	  -DCMAKE_CXX_COMPILER=clang++ >build/fuzz.log || { cat build/fuzz.log; exit 1; }
+	cmake --build build/fuzz -j $(JOBS)
+	@for fuzzer in build/fuzz/fuzz/fuzz_*; do \
+	  [[ -x "$$fuzzer" ]] || continue; \
+	  name=$$(basename "$$fuzzer"); mkdir -p "build/corpus/$$name"; echo "== $$name"; \
+	  seeds=(); [[ -d "native/fuzz/corpus/$$name" ]] && seeds=("native/fuzz/corpus/$$name"); \
+	  "$$fuzzer" -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+	    -artifact_prefix="build/$$name-" "build/corpus/$$name" "$${seeds[@]}" 2>&1 | tail -n 12; \
+	done
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo
+
+clean:
+	rm -rf build $(VENV) dist .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Tools around a kvfs store: what this host can do (doctor), checking and repair, benchmarks."""
