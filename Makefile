@@ -3,6 +3,7 @@
 #   make setup     system packages (apt, as root, only what is missing), .venv, editable install
 #   make test      native tests (ctest) and Python tests (pytest)
 #   make lint      ruff, clang-format, pyright
+#   make format    rewrite what ruff and clang-format can
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-native test-python lint sanitize fuzz demo clean
+.PHONY: help setup test test-native test-python lint format sanitize fuzz demo clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -82,6 +83,11 @@ lint: setup $(STAMPS)/apt-clang
 	$(BIN)/ruff format --check $(PY)
 	$(if $(CXX_FILES),clang-format --dry-run -Werror $(CXX_FILES))
 	$(BIN)/pyright --pythonpath $(BIN)/python $(PY)
+
+format: setup $(STAMPS)/apt-clang
+	$(BIN)/ruff check --fix --exit-zero $(PY)
+	$(BIN)/ruff format $(PY)
+	$(if $(CXX_FILES),clang-format -i $(CXX_FILES))
 
 sanitize: $(STAMPS)/apt
 	cmake -S . -B build/asan -G Ninja -DKVFS_SANITIZE=address >build/asan.log || { cat build/asan.log; exit 1; }
