@@ -21,9 +21,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := build/stamps
 
-APT := ca-certificates cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
+APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
        fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev
-APT_CLANG := clang clang-format llvm
+APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)
 PY := $(shell git ls-files '*.py' 2>/dev/null)
