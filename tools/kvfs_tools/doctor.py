@@ -13,9 +13,9 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -246,20 +246,18 @@ def check_gpu(root: Path) -> Check:
     return Check("gpu", "ok", f"{len(devices)} ({', '.join(devices)}), {driver}, {peer}")
 
 
-def check_modules() -> Check:
-    """Whether the native extension modules were built into this installation."""
-
-    def present(name: str) -> bool:
+def check_modules(names: Sequence[str] = ("kvfs._node", "kvfs_usrbio._native", "pyfuse3")) -> Check:
+    """Whether the native extension modules are in this installation and load."""
+    broken: list[str] = []
+    for name in names:
         try:
-            return find_spec(name) is not None
-        except ModuleNotFoundError:
-            return False
-
-    lacking = [name for name in ("kvfs._node", "kvfs_usrbio._native", "pyfuse3") if not present(name)]
-    if lacking:
+            import_module(name)
+        except ImportError as error:
+            broken.append(f"{name} ({error})")
+    if broken:
         remedy = "Install again from the source directory: `pip install .` (or `make setup`)."
-        return Check("native modules", "missing", f"not installed: {', '.join(lacking)}", remedy)
-    return Check("native modules", "ok", f"installed for Python {sys.version.split()[0]}")
+        return Check("native modules", "missing", f"cannot be loaded: {', '.join(broken)}", remedy)
+    return Check("native modules", "ok", f"load with Python {sys.version.split()[0]}")
 
 
 def examine(directory: Path, root: Path = Path("/")) -> Report:

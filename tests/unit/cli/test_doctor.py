@@ -136,6 +136,15 @@ def test_shared_memory(tmp_path: Path) -> None:
     assert doctor.check_shared_memory(tmp_path).status == "absent"
 
 
+def test_modules_must_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_modules(["json", "pyfuse3"]).status == "ok"
+    assert "no.such.module (No module" in doctor.check_modules(["json", "no.such.module"]).detail
+    (tmp_path / "torn_module.so").write_bytes(b"not an ELF file")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = doctor.check_modules(["torn_module"])
+    assert (check.status, "torn_module (" in check.detail) == ("missing", True)
+
+
 def test_report_is_not_ok_while_something_is_missing(tmp_path: Path) -> None:
     report = doctor.examine(tmp_path, root=tmp_path)
     assert not report.ok
