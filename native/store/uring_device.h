@@ -45,11 +45,9 @@ class Uring {
   int add_poll(int fd, PollReady ready, void* owner);
   void remove_poll(int handle);
 
-  // Sends what is queued, waits up to timeout_ns for anything to happen (0 = do not wait, UINT64_MAX = forever), runs the
+  // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs the
   // callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
   int submit_and_wait(uint64_t timeout_ns);
-
-  // Makes a submit_and_wait in progress in another thread return: write to an eventfd given to add_poll.
 
  private:
   friend class UringDevice;
@@ -63,7 +61,8 @@ class Uring {
   struct Poll {
     int fd = -1;
     uint32_t gen = 0;  // of the handle's user, so that a late event of the last one is dropped
-    bool live = false;
+    bool live = false;   // somebody wants events
+    bool armed = false;  // the kernel has a request of this generation
     PollReady ready = nullptr;
     void* owner = nullptr;
   };
@@ -71,16 +70,20 @@ class Uring {
   Uring() = default;
   io_uring_sqe* sqe();
   bool prep(Op* op);
-  bool arm(unsigned idx);
+  bool arm(uint32_t idx);
   void start(UringDevice* dev, Io* io);
+  void resend(Op* op);
   void pump();
   void finish(Op* op, int32_t result);
-  void on_cqe(uint64_t user_data, int32_t res, uint32_t flags);
+  void on_op(Op* op, int32_t res);
+  void on_poll(uint64_t user_data, int32_t res, uint32_t flags);
   unsigned reap();
 
   io_uring ring_{};
   bool ready_ = false;
+  bool buffers_ok_ = false, files_ok_ = false;  // the kernel has the tables
   unsigned events_ = 0;
+  unsigned next_dev_ = 0;  // whose waiting operations are first to start
   std::vector<Op> ops_;
   Op* free_ops_ = nullptr;
   Op* resend_head_ = nullptr;
@@ -88,12 +91,12 @@ class Uring {
   std::vector<UringDevice*> devs_ = std::vector<UringDevice*>(kFiles);
   std::vector<bool> buffers_ = std::vector<bool>(kBuffers);
   std::vector<Poll> polls_;
-  std::vector<unsigned> free_polls_;
-  std::vector<unsigned> rearm_;  // polls without a request in the kernel
+  std::vector<uint32_t> free_polls_;
+  std::vector<uint32_t> rearm_;  // polls without a request in the kernel
 };
 
 struct DeviceOptions {
-  uint64_t create_bytes = 0;    // regular file: create if absent and allocate this many bytes; 0 = must exist
+  uint64_t create_bytes = 0;    // regular file: create if absent or empty, of this size; 0 = must exist
   bool read_only = false;
   bool allow_buffered = false;  // tests on file systems without O_DIRECT (tmpfs): go through the page cache
 };
