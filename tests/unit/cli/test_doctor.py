@@ -140,7 +140,7 @@ def test_modules_must_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.check_modules(["json", "pyfuse3"]).status == "ok"
     assert "no.such.module (No module" in doctor.check_modules(["json", "no.such.module"]).detail
     (tmp_path / "torn_module.so").write_bytes(b"not an ELF file")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     check = doctor.check_modules(["torn_module"])
     assert (check.status, "torn_module (" in check.detail) == ("missing", True)
 
