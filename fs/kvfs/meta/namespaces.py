@@ -1,0 +1,93 @@
+"""Block namespaces: which tenant/name has which 32-bit id and class. An id is never used again."""
+
+from __future__ import annotations
+
+import errno
+import re
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from kvfs.meta import schema
+from kvfs.meta.errors import FsError
+from kvfs.meta.kv import MAX_RANGE, Store, Txn, prefix_end, read, run
+from kvfs.meta.schema import Namespace, NamespaceClass
+
+FIRST_ID: Final = 16
+"""Smaller ids are for the system (the POSIX tree's own chunks)."""
+MAX_NAMESPACES: Final = MAX_RANGE
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedNamespace:
+    tenant: str
+    name: str
+    namespace: Namespace
+
+
+def check_name(name: str) -> None:
+    """1 to 64 of A-Z a-z 0-9 . _ -, not beginning with . or - (they are directory names in the mount)."""
+    if not _NAME.match(name):
+        raise FsError(errno.EINVAL, f"{name[:80]!r} is no tenant or namespace name (1 to 64 of A-Z a-z 0-9 . _ -)")
+
+
+def create(
+    store: Store, tenant: str, name: str, cls: NamespaceClass = NamespaceClass.CACHE, *, exist_ok: bool = True
+) -> Namespace:
+    """With `exist_ok` an existing one of the same class is returned; anything else is EEXIST."""
+    check_name(tenant)
+    check_name(name)
+
+    def body(txn: Txn) -> Namespace:
+        key = schema.namespace_key(tenant, name)
+        value = txn.get(key)
+        if value is not None:
+            found = schema.decode_namespace(value)
+            if not exist_ok or found.cls != cls:
+                raise FsError(errno.EEXIST, f"namespace {tenant}/{name} exists with class {found.cls}")
+            return found
+        if len(txn.range(b"N", prefix_end(b"N"), MAX_NAMESPACES)) >= MAX_NAMESPACES:
+            raise FsError(errno.ENOSPC, f"more than {MAX_NAMESPACES} namespaces")
+        counter = txn.get(schema.NAMESPACE_ID_KEY)
+        number = schema.unpack_u64(counter) if counter is not None else FIRST_ID
+        made = Namespace(number, cls, time.time_ns())
+        txn.put(schema.NAMESPACE_ID_KEY, schema.pack_u64(number + 1))
+        txn.put(key, schema.encode(made))
+        return made
+
+    return run(store, body)
+
+
+def get(store: Store, tenant: str, name: str) -> Namespace | None:
+    check_name(tenant)
+    check_name(name)
+    value = read(store, lambda txn: txn.get(schema.namespace_key(tenant, name)))
+    return None if value is None else schema.decode_namespace(value)
+
+
+def list_all(store: Store, tenant: str | None = None) -> list[NamedNamespace]:
+    """In order of tenant and name."""
+    prefix = b"N"
+    if tenant is not None:
+        check_name(tenant)
+        prefix = schema.namespace_key(tenant, "")
+    out: list[NamedNamespace] = []
+    for key, value in read(store, lambda txn: txn.range(prefix, prefix_end(prefix), MAX_NAMESPACES)):
+        owner, _, name = key[1:].decode().partition("/")
+        out.append(NamedNamespace(owner, name, schema.decode_namespace(value)))
+    return out
+
+
+def remove(store: Store, tenant: str, name: str) -> None:
+    """Forgets the name; its blocks must be gone already. ENOENT when there is none."""
+    check_name(tenant)
+    check_name(name)
+
+    def body(txn: Txn) -> None:
+        key = schema.namespace_key(tenant, name)
+        if txn.get(key) is None:
+            raise FsError(errno.ENOENT, f"no namespace {tenant}/{name}")
+        txn.delete(key)
+
+    run(store, body)
