@@ -1,0 +1,267 @@
+// store_impl.h owns the state of one open store; its functions live in store.cpp (open, close, dispatch), ops.cpp (chunk
+// operations), commit.cpp (journal, barriers, checkpoint) and recovery.cpp. Nobody outside native/store includes it.
+#pragma once
+
+#include <deque>
+#include <unordered_map>
+
+#include "allocator.h"
+#include "check.h"
+#include "index.h"
+#include "layout.h"
+#include "store.h"
+
+namespace kvfs {
+
+struct KeyHash {
+  size_t operator()(const ChunkKey& k) const { return xxh3(&k, sizeof k); }
+};
+
+// Aligned scratch memory, recycled by size. Bounded by the operations in flight.
+class BufferPool {
+ public:
+  ~BufferPool();
+  void* get(uint32_t bytes);
+  void put(void* p, uint32_t bytes);
+
+ private:
+  static constexpr uint32_t kKeep = 64;  // buffers kept per size
+  static uint32_t bin(uint32_t bytes);
+  std::vector<void*> bins_[16];  // 512 B << i
+};
+
+// Sub-block checksums of recently written or read slots, so that a small read needs no second I/O. Direct-mapped.
+class SumsCache {
+ public:
+  struct Line {
+    uint64_t off;  // device offset of the slot, 0 = empty
+    uint32_t count;
+    uint64_t sum[kTrailerSums];
+  };
+  explicit SumsCache(uint32_t lines) : lines_(lines), mask_(lines - 1) {}
+  const Line* find(uint64_t off) const {
+    const Line& l = lines_[slot(off)];
+    return l.off == off ? &l : nullptr;
+  }
+  void fill(uint64_t off, const Trailer& t) {
+    Line& l = lines_[slot(off)];
+    l.off = off;
+    l.count = t.sums;
+    std::memcpy(l.sum, t.sum, sizeof(uint64_t) * t.sums);
+  }
+  void drop(uint64_t off) {
+    Line& l = lines_[slot(off)];
+    if (l.off == off) l.off = 0;
+  }
+
+ private:
+  uint32_t slot(uint64_t off) const { return static_cast<uint32_t>((off / 512 * 0x9e3779b97f4a7c15ULL) >> 40) & mask_; }
+  std::vector<Line> lines_;
+  uint32_t mask_;
+};
+
+class StoreImpl final : public Store {
+ public:
+  StoreImpl(Device& dev, const StoreOptions& opt);
+  ~StoreImpl() override;
+
+  Status recover();
+  Status close() override;
+  void submit(Request* r) override;
+  void tick(uint64_t now_ns) override;
+  uint64_t deadline_ns() const override;
+  bool busy() const override;
+  int64_t lookup(const ChunkKey& key, ChunkInfo* info) override;
+  void prefetch(const ChunkKey& key) override { index_.prefetch(key); }
+  bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
+            const std::function<bool(const ChunkInfo&)>& fn) override;
+  StoreStats stats() const override;
+
+ private:
+  friend struct ReadOp;
+  friend struct WriteOp;
+
+  // store.cpp
+  void complete(Request* r, int64_t result);
+  void start(Request* r);
+  void run_completed();
+  int sync_io(Io::Op op, void* buf, uint32_t len, uint64_t off);
+
+  // ops.cpp
+ public:
+  struct Piece {  // of a read or a write
+    Io data, trailer;
+    struct ReadOp* read = nullptr;
+    struct WriteOp* write = nullptr;
+    uint64_t off = 0;  // device offset of the slot
+    uint32_t len = 0;  // bytes of the piece
+    uint64_t csum = 0;
+    uint32_t region = 0;  // read: first byte read; region_len bytes follow
+    uint32_t region_len = 0;
+    uint32_t from = 0, to = 0;  // read: bytes of the piece wanted
+    uint8_t* user = nullptr;
+    void* bounce = nullptr;
+    uint32_t bounce_len = 0;
+    Trailer* tr = nullptr;  // a buffer of trailer_io_ bytes
+    bool sums_cached = false;
+  };
+
+ private:
+  Piece* piece_get();
+  void piece_put(Piece* p);
+  void start_get(Request* r);
+  void read_chunk(struct ReadOp* op, uint32_t id, uint32_t off, uint32_t n, uint8_t* dst, int fixed);
+  static void on_read_io(Io* io);
+  void finish_piece_read(Piece* p);
+  void start_put(Request* r);
+  void start_write(Request* r);
+  void start_truncate(Request* r);
+  void start_delete(Request* r);
+  void write_merged(struct WriteOp* op);
+  void launch_write(struct WriteOp* op);
+  static void on_write_io(Io* io);
+  void commit_write(struct WriteOp* op);
+  void fail_write(struct WriteOp* op, int err);
+  void retire(struct WriteOp* op);
+  bool lock(Request* r);  // false: queued behind another mutation of the same key
+  void unlock(const ChunkKey& key);
+  uint32_t drop_chunk(uint32_t id, uint64_t seq_hint);  // removes index entries + slots, journals; pieces dropped
+  bool needs_stall() const;
+
+  // eviction and space (ops.cpp)
+  bool evict_step(uint32_t budget);
+  bool short_of_space() const;
+  uint32_t reserve_segments() const;
+  void wait_for_space(Request* r);
+  void retry_space_waiters();
+
+  // commit.cpp
+  uint64_t log(const Record* recs, uint32_t n);  // sequence number that makes them durable once flushed
+  void wait_durable(Request* r, uint64_t seq);
+  void write_group();
+  static void on_group(Io* io);
+  void start_flush();
+  static void on_flush(Io* io);
+  void quarantine(uint64_t off, uint64_t seq);
+  void free_quarantined();
+  void fail(int err);
+  void checkpoint_start();
+  void checkpoint_step();
+  static void on_checkpoint_page(Io* io);
+  static void on_checkpoint_io(Io* io);
+  void checkpoint_next();
+  Record record_of(uint32_t id) const;
+  uint64_t last_seq() const { return open_.empty() ? next_seq_ - 1 : next_seq_ + open_.size() - 1; }
+  uint64_t journal_used() const { return head_v_ - tail_v_; }
+
+  // recovery.cpp
+  Status load_super();
+  Status load_checkpoint();
+  Status replay();
+  bool data_matches(const Record& rec);
+  void apply(const Record& rec);
+  Status claim_all();
+  int write_super();
+  Status checkpoint_now();
+
+  Device& dev_;
+  StoreOptions opt_;
+  Geometry geo_;
+  SuperBlock super_{};
+  Index index_;
+  std::unique_ptr<Allocator> alloc_;
+  BufferPool pool_;
+  SumsCache sums_;
+  uint32_t trailer_io_;  // bytes of a trailer I/O: 512 or the device's block
+  uint64_t now_ns_ = 0;
+  uint32_t wall_s_ = 0;
+  int failed_ = 0;  // errno: the journal can't be written any more; mutations fail, reads go on
+  bool recovered_ = false;
+  std::vector<uint8_t> segment_class_;  // recovery only: by the newest record that names a slot in the segment
+
+  Request* done_head_ = nullptr;
+  Request* done_tail_ = nullptr;
+  struct Waiters {
+    Request* head = nullptr;
+    Request* tail = nullptr;
+  };
+  std::unordered_map<ChunkKey, Waiters, KeyHash> locks_;
+  std::vector<Piece*> pieces_;       // free list
+  std::deque<Request*> stalled_;     // wait for journal space
+  std::deque<Request*> space_wait_;  // wait for a slot
+  uint32_t ops_ = 0;                 // reads and writes in flight
+  uint32_t writes_in_flight_ = 0;
+  uint32_t hand_ = 0;    // eviction sweep
+  uint32_t barren_ = 0;  // ids swept since something was evicted
+
+  // journal
+  std::deque<std::vector<Record>> open_;  // groups not yet handed to the device; the first gets next_seq_
+  uint64_t next_seq_ = 1;
+  uint64_t written_seq_ = 0, flushed_seq_ = 0, flush_target_ = 0;
+  uint64_t head_v_ = 0, tail_v_ = 0;
+  bool group_busy_ = false, flush_busy_ = false, flush_wanted_ = false;
+  uint64_t group_v_ = 0, group_seq_ = 0;
+  void* group_buf_ = nullptr;
+  Io group_io_, flush_io_;
+  uint64_t lazy_since_ = 0;  // when the oldest unflushed record was logged; 0 = none
+  uint64_t unflushed_bytes_ = 0;
+  struct DurableWait {
+    Request* r;
+    uint64_t seq;
+  };
+  std::deque<DurableWait> durable_;
+  struct Quarantined {
+    uint64_t off, seq, epoch;
+  };
+  std::deque<Quarantined> quarantine_;
+  uint64_t quarantined_bytes_ = 0;
+  uint64_t epoch_ = 1, epoch_base_ = 1;
+  std::deque<uint32_t> epoch_reads_{0};  // reads in flight by epoch, from epoch_base_
+
+  // checkpoint
+  enum class Ck : uint8_t { Idle, Scan, Journal, Flush, SuperA, FlushA, SuperB, FlushB };
+  Ck ck_ = Ck::Idle;
+  bool ck_wanted_ = false;
+  uint32_t ck_id_ = 0, ck_pages_inflight_ = 0;
+  uint64_t ck_seq_ = 0;
+  int ck_err_ = 0;
+  SuperBlock ck_super_{};
+  Io ck_io_;
+  static constexpr uint32_t kCkDepth = 4;
+  struct CkPage {
+    Io io;
+    void* buf = nullptr;
+    bool busy = false;
+  } ck_page_[kCkDepth];
+  std::vector<Request*> ck_waiters_;
+
+  StoreStats st_{};
+};
+
+struct ReadOp {
+  Request* r = nullptr;             // a user's Get, or
+  void (*done)(ReadOp*) = nullptr;  // an internal read
+  void* owner = nullptr;
+  StoreImpl* store = nullptr;
+  uint64_t epoch = 0;
+  uint32_t pending = 0;
+  int err = 0;
+};
+
+struct WriteOp {
+  Request* r = nullptr;
+  StoreImpl* store = nullptr;
+  uint32_t pending = 0;
+  int err = 0;
+  uint32_t total = 0;  // bytes of the new chunk
+  uint32_t version = 1;
+  bool sealed = false;
+  uint32_t old_id = 0;  // replaced entry (file chunks)
+  const uint8_t* src = nullptr;
+  int fixed = -1;
+  void* merged = nullptr;  // read-modify-write buffer
+  uint32_t merged_len = 0;
+  std::vector<StoreImpl::Piece*> pieces;
+};
+
+}  // namespace kvfs
