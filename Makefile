@@ -34,6 +34,9 @@ help:
 
 # apt_install PACKAGES: installs what dpkg does not know as installed; does nothing, and needs no root, otherwise.
 define apt_install
+if ! command -v dpkg-query >/dev/null; then \
+  echo "not a Debian system; these packages' equivalents are needed: $(1)" >&2; exit 0; \
+fi; \
 missing=""; \
 for package in $(1); do \
   dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$package"; \
@@ -97,7 +100,7 @@ sanitize: $(STAMPS)/apt
 	cmake --build build/tsan -j $(JOBS)
 	ctest --test-dir build/tsan --output-on-failure -L concurrency
 
-# A fuzzer keeps what it learns in build/corpus/NAME; a crash is left in build/fuzz-NAME-*.
+# A fuzzer keeps what it learns in build/corpus/NAME; a crashing input is left in build/NAME-crash-*.
 fuzz: $(STAMPS)/apt $(STAMPS)/apt-clang
 	cmake -S . -B build/fuzz -G Ninja -DKVFS_FUZZ=ON -DKVFS_TESTS=OFF -DCMAKE_C_COMPILER=clang \
 	  -DCMAKE_CXX_COMPILER=clang++ >build/fuzz.log || { cat build/fuzz.log; exit 1; }
@@ -107,7 +110,9 @@ fuzz: $(STAMPS)/apt $(STAMPS)/apt-clang
 	  name=$$(basename "$$fuzzer"); mkdir -p "build/corpus/$$name"; echo "== $$name"; \
 	  seeds=(); [[ -d "native/fuzz/corpus/$$name" ]] && seeds=("native/fuzz/corpus/$$name"); \
 	  "$$fuzzer" -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
-	    -artifact_prefix="build/$$name-" "build/corpus/$$name" "$${seeds[@]}" 2>&1 | tail -n 12; \
+	    -artifact_prefix="build/$$name-" "build/corpus/$$name" "$${seeds[@]}" >"build/$$name.log" 2>&1 || \
+	    { tail -n 100 "build/$$name.log"; exit 1; }; \
+	  grep -E '^(Done|stat::number)' "build/$$name.log"; \
 	done
 
 demo: setup
