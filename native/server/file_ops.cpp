@@ -1,0 +1,387 @@
+// file_ops.cpp owns the reactor's operations that take many store requests or steps: byte ranges of files split into
+// chunks of kFileChunk, truncation, deletion and scans. Each is a Job, advanced once per turn within stated budgets.
+#include <cstddef>
+
+#include "../store/check.h"
+#include "reactor.h"
+#include "validate.h"
+
+namespace kvfs {
+
+namespace {
+constexpr uint32_t kLookupsPerStep = 1024;  // chunks looked up per job and turn
+constexpr uint32_t kHolesPerStep = 64;      // missing chunks zero-filled per job and turn
+
+ChunkKey file_key(uint64_t ino, uint64_t index) {
+  ChunkKey k;
+  k.kind = Kind::File;
+  k.key_len = 16;
+  memcpy(k.id, &ino, 8);
+  memcpy(k.id + 8, &index, 8);
+  return k;
+}
+
+uint64_t key_u64(const uint8_t* p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
+}  // namespace
+
+Job* Reactor::new_job(Ring* r, const kvfs_sqe& s, Job::Type t) {
+  Job* j = new Job;
+  j->type = t;
+  j->ring = r;
+  j->user_data = s.user_data;
+  if (s.flags & KVFS_SQE_DURABLE) j->flags |= Request::kDurable;
+  if (s.flags & KVFS_SQE_NOTOUCH) j->flags |= Request::kNoTouch;
+  return j;
+}
+
+// Takes file, range and scan operations. 0: a CQE was or will be posted; else -errno.
+int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
+  const uint64_t ino = key_u64(s.key);
+  InodeRef inode;
+  bool can_read = true, can_write = true;
+  switch (s.opcode) {
+    case KVFS_OP_READ:
+    case KVFS_OP_WRITE:
+    case KVFS_OP_FSYNC: {
+      if (r->session == nullptr || s.handle >= r->session->files.size()) return -EBADF;
+      const FileHandle& f = r->session->files[s.handle];
+      if (!f.inode) return -EBADF;
+      inode = f.inode;
+      can_read = f.can_read;
+      can_write = f.can_write;
+      break;
+    }
+    case KVFS_OP_INODE_READ:
+    case KVFS_OP_INODE_WRITE:
+    case KVFS_OP_INODE_TRUNCATE:
+      inode = inodes_->find(ino);
+      if (!inode) return -EBADF;
+      break;
+    default:
+      break;
+  }
+  Iov* iov = nullptr;
+  MemRef mem;
+  switch (s.opcode) {
+    case KVFS_OP_READ:
+    case KVFS_OP_INODE_READ: {
+      if (!can_read) return -EBADF;
+      uint64_t size = inode->size.load(std::memory_order_acquire);
+      uint64_t len = s.off >= size ? 0 : size - s.off < s.len ? size - s.off : s.len;
+      int err = resolve_mem(r, s, s.len, &iov, &mem);
+      if (err != 0) return err;
+      if (len == 0) {
+        finish(r, s.user_data, 0);
+        return 0;
+      }
+      Job* j = new_job(r, s, Job::Type::Read);
+      j->inode = inode;
+      j->ino = inode->ino;
+      j->iov = iov;
+      j->mem = static_cast<char*>(mem.ptr);
+      j->off = j->pos = s.off;
+      j->end = s.off + len;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_WRITE:
+    case KVFS_OP_INODE_WRITE: {
+      if (!can_write) return -EBADF;
+      int err = resolve_mem(r, s, s.len, &iov, &mem);
+      if (err != 0) return err;
+      if (s.len == 0) {
+        finish(r, s.user_data, 0);
+        return 0;
+      }
+      Job* j = new_job(r, s, Job::Type::Write);
+      j->inode = inode;
+      j->ino = inode->ino;
+      j->iov = iov;
+      j->mem = static_cast<char*>(mem.ptr);
+      j->off = j->pos = s.off;
+      j->end = s.off + s.len;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_FSYNC:
+    case KVFS_OP_INODE_FSYNC: {
+      Op* op = new_op();
+      op->ring = r;
+      op->user_data = s.user_data;
+      op->req.op = Request::Op::Flush;
+      op->req.key = file_key(inode ? inode->ino : ino, 0);
+      store_->submit(&op->req);
+      return 0;
+    }
+    case KVFS_OP_INODE_TRUNCATE: {
+      uint64_t old = inode->size.load(std::memory_order_relaxed);
+      inode->size.store(s.off, std::memory_order_release);
+      inode->dirty.store(true, std::memory_order_release);
+      if (s.off >= old) {
+        finish(r, s.user_data, 0);
+        return 0;
+      }
+      Job* j = new_job(r, s, Job::Type::Truncate);
+      j->inode = inode;
+      j->ino = ino;
+      j->off = j->pos = s.off;
+      j->end = old;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_INODE_DELETE: {
+      Job* j = new_job(r, s, Job::Type::Delete);
+      j->ino = ino;
+      j->end = s.off;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_NS_DELETE: {
+      if (s.handle == UINT32_MAX) return -EINVAL;
+      Job* j = new_job(r, s, Job::Type::NsDelete);
+      j->kind = Kind::Block;
+      j->ns = s.handle;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_SCAN:
+    case KVFS_OP_INODE_SCAN: {
+      NsHandle ns;
+      if (s.opcode == KVFS_OP_SCAN) {
+        int err = resolve_ns(r, s, &ns);
+        if (err != 0) return err;
+        if (ns.ns_id == UINT32_MAX) return -EINVAL;
+      }
+      if (s.len < sizeof(kvfs_scan_entry)) return -EINVAL;
+      int err = resolve_mem(r, s, s.len, &iov, &mem);
+      if (err != 0) return err;
+      if (s.off == UINT64_MAX) {  // the cursor of a finished scan
+        finish(r, s.user_data, 0);
+        return 0;
+      }
+      Job* j = new_job(r, s, Job::Type::Scan);
+      j->kind = s.opcode == KVFS_OP_SCAN ? Kind::Block : Kind::File;
+      j->ns = s.opcode == KVFS_OP_SCAN ? ns.ns_id : UINT32_MAX;
+      j->iov = iov;
+      j->mem = static_cast<char*>(mem.ptr);
+      j->room = s.len - s.len % uint32_t(sizeof(kvfs_scan_entry));
+      j->cursor = s.off;
+      jobs_.push_back(j);
+      break;
+    }
+    default:
+      return -EOPNOTSUPP;
+  }
+  Job* j = jobs_.back();
+  if (j->iov != nullptr) ++j->iov->refs;
+  return 0;
+}
+
+bool Reactor::issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem) {
+  if (ops_live_ >= kMaxOps) return false;
+  Op* o = new_op();
+  o->job = j;
+  o->ring = j->ring;
+  Request& q = o->req;
+  q.op = op;
+  q.flags = j->flags;
+  q.key = key;
+  q.off = off;
+  q.len = len;
+  q.mem.ptr = mem;
+  if (j->iov != nullptr && len != 0) {
+    uint64_t at = uint64_t(mem - j->iov->base);
+    if (at / kFixedMax == (at + len - 1) / kFixedMax) q.mem.fixed = j->iov->fixed[size_t(at / kFixedMax)];
+  }
+  ++j->pending;
+  store_->submit(&q);
+  return true;
+}
+
+void Reactor::piece_done(Op* op) {
+  Job* j = op->job;
+  Request& q = op->req;
+  --j->pending;
+  job_ready_ = true;  // may run after this turn's step_jobs: go round again
+  switch (j->type) {
+    case Job::Type::Read: {
+      int64_t n = q.result == -ENOENT ? 0 : q.result;
+      if (n < 0) {
+        if (j->err == 0) j->err = n;
+      } else if (n < int64_t(q.len)) {
+        memset(static_cast<char*>(q.mem.ptr) + n, 0, size_t(q.len - n));  // a hole, or the chunk is shorter
+      }
+      break;
+    }
+    case Job::Type::Write:
+      if (q.result < 0) {
+        uint64_t at = key_u64(q.key.id + 8) * kFileChunk + q.off;
+        if (at < j->fail_pos) {
+          j->fail_pos = at;
+          j->err = q.result;
+        }
+      }
+      break;
+    default:
+      if (q.result < 0 && q.result != -ENOENT && j->err == 0) j->err = q.result;
+      break;
+  }
+}
+
+void Reactor::step_range(Job* j) {
+  uint32_t holes = 0;
+  while (j->pos < j->end && j->pending < kJobWidth && j->err == 0) {
+    uint64_t index = j->pos / kFileChunk;
+    uint32_t in = uint32_t(j->pos % kFileChunk);
+    uint64_t left = j->end - j->pos;
+    uint32_t len = left < kFileChunk - in ? uint32_t(left) : kFileChunk - in;
+    char* mem = j->mem + (j->pos - j->off);
+    ChunkKey key = file_key(j->ino, index);
+    ChunkInfo info;
+    if (j->type == Job::Type::Read && store_->lookup(key, &info) == -ENOENT) {
+      if (++holes > kHolesPerStep) return;
+      memset(mem, 0, len);
+    } else if (!issue(j, j->type == Job::Type::Read ? Request::Op::Get : Request::Op::Write, key, in, len, mem)) {
+      return;
+    }
+    j->pos += len;
+  }
+  j->generated = j->pos == j->end || j->err != 0;
+}
+
+// Deletes the chunks of [pos, end), after cutting the first one if pos lies inside it.
+void Reactor::step_chunks(Job* j) {
+  uint32_t in = uint32_t(j->pos % kFileChunk);
+  if (in != 0) {
+    if (!issue(j, Request::Op::Truncate, file_key(j->ino, j->pos / kFileChunk), in, 0, nullptr)) return;
+    j->pos += kFileChunk - in;  // cannot overflow: pos <= INT64_MAX
+  }
+  if (j->pos >= j->end) {
+    j->generated = true;
+    return;
+  }
+  uint64_t chunks = (j->end - j->pos + kFileChunk - 1) / kFileChunk;
+  if (chunks > kLookupsPerStep && chunks / 4 > store_->stats().file_chunks) {
+    j->type = Job::Type::InodeDelete;  // sparse: walking the index costs less than asking for each chunk
+    step_scan_delete(j);
+    return;
+  }
+  for (uint32_t i = 0; i < kLookupsPerStep && j->pos < j->end; ++i) {
+    if (j->pending >= kJobWidth) return;
+    ChunkKey key = file_key(j->ino, j->pos / kFileChunk);
+    ChunkInfo info;
+    if (store_->lookup(key, &info) >= 0 && !issue(j, Request::Op::Delete, key, 0, 0, nullptr)) return;
+    j->pos += kFileChunk;
+  }
+  j->generated = j->pos >= j->end;
+}
+
+void Reactor::step_scan_delete(Job* j) {
+  // Collected first: the index must not change under the walk.
+  ChunkKey keys[kJobWidth];
+  uint32_t n = 0, room = kJobWidth - j->pending;
+  if (room == 0 || kMaxOps - ops_live_ < room) return;
+  const bool file = j->type == Job::Type::InodeDelete;
+  bool more = store_->scan(&j->cursor, kScanBudget, file ? Kind::File : Kind::Block, file ? UINT32_MAX : j->ns,
+                           [&](const ChunkInfo& c) {
+                             if (n == room) return false;
+                             if (file && (key_u64(c.key.id) != j->ino || key_u64(c.key.id + 8) < j->pos / kFileChunk))
+                               return true;
+                             keys[n++] = c.key;
+                             return true;
+                           });
+  for (uint32_t i = 0; i < n; ++i) issue(j, Request::Op::Delete, keys[i], 0, 0, nullptr);
+  j->generated = !more;
+}
+
+void Reactor::step_scan(Job* j) {
+  const uint64_t start = j->cursor;
+  bool full = false;
+  bool more = store_->scan(&j->cursor, kScanBudget, j->kind, j->ns, [&](const ChunkInfo& c) {
+    if (j->packed == j->room) {
+      full = true;
+      return false;
+    }
+    kvfs_scan_entry e{};
+    e.cursor = start;  // going on from here repeats entries, but never misses one
+    e.length = c.length;
+    e.mtime = c.mtime;
+    e.version = c.version;
+    e.key_len = c.key.key_len;
+    memcpy(e.key, c.key.id, sizeof e.key);
+    memcpy(j->mem + j->packed, &e, sizeof e);
+    j->packed += uint32_t(sizeof e);
+    return true;
+  });
+  if (!more) j->cursor = UINT64_MAX;
+  if (!more || full || j->packed == j->room) {
+    if (j->packed != 0) {
+      char* last = j->mem + j->packed - sizeof(kvfs_scan_entry);
+      memcpy(last + offsetof(kvfs_scan_entry, cursor), &j->cursor, sizeof j->cursor);
+    }
+    j->generated = true;
+  }
+}
+
+bool Reactor::step(Job* j) {
+  if (!j->generated) {
+    switch (j->type) {
+      case Job::Type::Read:
+      case Job::Type::Write:
+        step_range(j);
+        break;
+      case Job::Type::Truncate:
+      case Job::Type::Delete:
+        step_chunks(j);
+        break;
+      case Job::Type::NsDelete:
+      case Job::Type::InodeDelete:
+        step_scan_delete(j);
+        break;
+      case Job::Type::Scan:
+        step_scan(j);
+        break;
+    }
+  }
+  if (j->err != 0) j->generated = true;
+  if (!j->generated || j->pending != 0) return false;
+  int64_t result = j->err;
+  if (j->type == Job::Type::Read && result == 0) {
+    result = int64_t(j->end - j->off);
+  } else if (j->type == Job::Type::Write) {
+    uint64_t good = j->err == 0 ? j->end : j->fail_pos;  // everything before the first failure was written
+    if (good > j->off) {
+      result = int64_t(good - j->off);
+      j->inode->grow(good);
+    }
+  } else if (j->type == Job::Type::Scan && result == 0) {
+    result = j->packed;
+  }
+  if (j->iov != nullptr) --j->iov->refs;
+  finish(j->ring, j->user_data, result);
+  delete j;
+  return true;
+}
+
+// Returns true if a job could go on at once.
+bool Reactor::step_jobs() {
+  bool ready = false;
+  for (size_t i = 0; i < jobs_.size();) {
+    Job* j = jobs_[i];
+    if (step(j)) {
+      jobs_[i] = jobs_.back();
+      jobs_.pop_back();
+      continue;
+    }
+    // With no request under way nothing but another turn moves it.
+    if (j->pending == 0 || (!j->generated && j->pending < kJobWidth && ops_live_ < kMaxOps)) ready = true;
+    ++i;
+  }
+  return ready;
+}
+
+}  // namespace kvfs

@@ -1,0 +1,174 @@
+// files.cpp owns FileServer, see files.h.
+#include "files.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+
+#include "../store/check.h"
+
+namespace kvfs {
+
+namespace {
+constexpr size_t kMaxConns = 64;  // the oldest goes when one more comes
+
+struct Answer {
+  std::mutex mu;
+  std::condition_variable cv;
+  bool ready = false;
+  int result = 0;
+};
+}  // namespace
+
+FileServer::~FileServer() {
+  KVFS_CHECK(!thread_.joinable());
+  if (listen_fd_ >= 0) close(listen_fd_);
+  if (stop_fd_ >= 0) close(stop_fd_);
+}
+
+Status FileServer::start() {
+  sockaddr_un addr{};
+  addr.sun_family = AF_UNIX;
+  if (path_.size() >= sizeof addr.sun_path) return {ENAMETOOLONG, "socket path " + path_ + " is too long"};
+  memcpy(addr.sun_path, path_.data(), path_.size());
+  struct stat st;
+  if (lstat(path_.c_str(), &st) == 0 && S_ISSOCK(st.st_mode)) unlink(path_.c_str());
+  listen_fd_ = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  stop_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (listen_fd_ < 0 || stop_fd_ < 0) return {errno, "cannot create the file socket"};
+  if (bind(listen_fd_, reinterpret_cast<sockaddr*>(&addr), sizeof addr) != 0 || listen(listen_fd_, 64) != 0)
+    return {errno, "cannot listen on " + path_ + ": " + strerror(errno)};
+  chmod(path_.c_str(), 0666);  // the uid and the token are checked
+  thread_ = std::thread([this] { run(); });
+  return {};
+}
+
+void FileServer::stop() {
+  if (!thread_.joinable()) return;
+  uint64_t one = 1;
+  ssize_t n = write(stop_fd_, &one, sizeof one);
+  (void)n;
+  thread_.join();
+  unlink(path_.c_str());
+}
+
+void FileServer::run() {
+  // Everything else that was open in the process stays out of this table: keep ours and the control thread's wake fd.
+  bool own = unshare(CLONE_FILES) == 0;
+  if (own) {
+    int keep[3] = {listen_fd_, stop_fd_, control_->post_fd()};
+    std::sort(keep, keep + 3);
+    unsigned from = 3;
+    for (int k : keep) {
+      if (unsigned(k) > from) close_range(from, unsigned(k) - 1, 0);
+      from = unsigned(k) + 1;
+    }
+    close_range(from, ~0u, 0);
+  }
+  std::vector<int> conns;
+  for (;;) {
+    std::vector<pollfd> p = {{listen_fd_, POLLIN, 0}, {stop_fd_, POLLIN, 0}};
+    for (int c : conns) p.push_back({c, POLLIN, 0});
+    if (poll(p.data(), p.size(), -1) < 0) continue;
+    if (p[1].revents != 0) break;
+    for (size_t i = 2; i < p.size(); ++i) {
+      if (p[i].revents != 0 && take(p[i].fd) != 0) {
+        close(p[i].fd);
+        std::erase(conns, p[i].fd);
+      }
+    }
+    if (p[0].revents != 0) {
+      int c = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+      ucred cred{};
+      socklen_t len = sizeof cred;
+      if (c >= 0 && (getsockopt(c, SOL_SOCKET, SO_PEERCRED, &cred, &len) != 0 || !control_->uid_ok(cred.uid))) {
+        close(c);
+      } else if (c >= 0) {
+        if (conns.size() == kMaxConns) {
+          close(conns.front());
+          conns.erase(conns.begin());
+        }
+        conns.push_back(c);
+      }
+    }
+  }
+  for (int c : conns) close(c);
+  if (own) close_range(3, ~0u, 0);  // the other table has its own copies
+}
+
+int FileServer::take(int conn) {
+  char buf[sizeof(CtlRequest) + 1];
+  iovec iov{buf, sizeof buf};
+  alignas(cmsghdr) char ctl[CMSG_SPACE(sizeof(int))];
+  msghdr m{};
+  m.msg_iov = &iov;
+  m.msg_iovlen = 1;
+  m.msg_control = ctl;
+  m.msg_controllen = sizeof ctl;
+  ssize_t n = recvmsg(conn, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  if (n < 0) return errno == EAGAIN || errno == EINTR ? 0 : -errno;
+  int fds[2] = {-1, -1};  // CMSG_SPACE rounds up to 8 bytes: the kernel may fit two descriptors in
+  for (cmsghdr* h = CMSG_FIRSTHDR(&m); h != nullptr; h = CMSG_NXTHDR(&m, h)) {
+    if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
+    size_t k = (h->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    memcpy(fds, CMSG_DATA(h), std::min<size_t>(k, 2) * sizeof(int));
+  }
+  if (fds[1] >= 0) close(fds[1]);
+  int fd = fds[0];
+  CtlRequest q{};
+  int err = n == 0 ? -EPIPE : ctl_parse(buf, size_t(n), &q);
+  if (err != 0 || Ctl(q.type) != Ctl::FileOpen || fds[1] >= 0) {
+    if (fd >= 0) close(fd);
+    return err != 0 ? err : -EPROTO;
+  }
+  CtlReply r{};
+  r.magic = kCtlMagic;
+  r.version = kCtlVersion;
+  r.type = q.type;
+  r.err = -EBADF;
+  if (fd >= 0) {
+    struct statx stx;
+    int flags = fcntl(fd, F_GETFL);
+    // DONT_SYNC: answered from the kernel's cache, so that no request goes to our own mount.
+    if (flags < 0 || (flags & O_PATH) != 0) {
+      r.err = -EBADF;  // an O_PATH descriptor proves no right to the data
+    } else if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO | STATX_TYPE, &stx) != 0) {
+      r.err = -errno;
+    } else if (mount_dev_.load(std::memory_order_relaxed) == 0 ||
+               makedev(stx.stx_dev_major, stx.stx_dev_minor) != mount_dev_.load(std::memory_order_relaxed)) {
+      r.err = -EXDEV;
+    } else if (!S_ISREG(stx.stx_mode)) {
+      r.err = -EINVAL;
+    } else {
+      int acc = flags & O_ACCMODE;
+      auto a = std::make_shared<Answer>();
+      control_->bind_file(q.token, stx.stx_ino, acc != O_WRONLY, acc != O_RDONLY, [a](int result) {
+        std::lock_guard<std::mutex> g(a->mu);
+        a->result = result;
+        a->ready = true;
+        a->cv.notify_one();
+      });
+      std::unique_lock<std::mutex> g(a->mu);
+      bool ok = a->cv.wait_for(g, std::chrono::seconds(5), [&] { return a->ready; });
+      r.err = !ok ? -ETIMEDOUT : a->result < 0 ? a->result : 0;
+      if (r.err == 0) r.id = uint32_t(a->result);
+    }
+  }
+  // Answered before the close, which may wait for our own mount.
+  bool sent = send(conn, &r, sizeof r, MSG_NOSIGNAL | MSG_DONTWAIT) == ssize_t(sizeof r);
+  if (fd >= 0) close(fd);
+  return sent ? 0 : -EPIPE;
+}
+
+}  // namespace kvfs

@@ -1,0 +1,369 @@
+// node.cpp owns the C ABI of kvfs_node.h: it starts and stops the reactor thread with its device and store, the control
+// and file servers, and the daemon's own two rings.
+#include "../ffi/kvfs_node.h"
+
+#include <linux/futex.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "../store/check.h"
+#include "control.h"
+#include "files.h"
+#include "namespaces.h"
+#include "reactor.h"
+
+namespace kvfs {
+namespace {
+
+constexpr uint32_t kOwnEntries = 4096;
+constexpr uint32_t kCallEntries = 64;
+constexpr uint64_t kCallSpinNs = 8000;
+
+int fail(const Status& st, char* err, size_t len) {
+  if (err != nullptr && len > 0) snprintf(err, len, "%s", st.message.c_str());
+  return -st.err;
+}
+
+// A ring in our own memory: same layout and code as the clients', an eventfd or a futex to wake us.
+struct OwnRing {
+  Ring daemon;
+  ClientRing client;
+  std::mutex mu;
+  bool make(uint32_t entries, bool notify) {
+    daemon.bytes = ring_bytes(entries);
+    daemon.mem = aligned_alloc(4096, daemon.bytes);
+    daemon.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (notify) daemon.notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (daemon.mem == nullptr || daemon.wake_fd < 0 || (notify && daemon.notify_fd < 0)) return false;
+    memset(daemon.mem, 0, daemon.bytes);
+    ring_format(daemon.mem, entries);
+    daemon.q.attach(daemon.mem, entries);
+    client.attach(daemon.mem, daemon.bytes);
+    if (notify) client.arm();  // for good: every turn with completions writes the eventfd
+    return true;
+  }
+  ~OwnRing() {
+    free(daemon.mem);
+    if (daemon.wake_fd >= 0) close(daemon.wake_fd);
+    if (daemon.notify_fd >= 0) close(daemon.notify_fd);
+  }
+  void publish() {
+    if (!client.publish()) return;
+    uint64_t one = 1;
+    ssize_t n = write(daemon.wake_fd, &one, sizeof one);
+    (void)n;
+  }
+};
+
+// Something one thread waits for another to set.
+template <typename T>
+struct Box {
+  std::mutex mu;
+  std::condition_variable cv;
+  bool full = false;
+  T value{};
+  void set(T v) {
+    std::lock_guard<std::mutex> g(mu);
+    value = std::move(v);
+    full = true;
+    cv.notify_one();
+  }
+  T get() {
+    std::unique_lock<std::mutex> g(mu);
+    cv.wait(g, [&] { return full; });
+    return std::move(value);
+  }
+};
+
+}  // namespace
+}  // namespace kvfs
+
+using namespace kvfs;  // NOLINT: the C functions below
+
+struct kvfs_node {
+  std::string data_path;
+  StoreOptions store_opt;
+  InodeTable inodes;
+  Namespaces namespaces;
+  Upcalls upcalls;
+  OwnRing own, calls;
+  uint64_t next_call = 1;
+  std::thread thread;
+  Box<Status> opened, closed;
+  Reactor* reactor = nullptr;  // lives on the reactor thread's stack from opened to closed
+  Store* store = nullptr;
+  std::unique_ptr<ControlServer> control;
+  std::unique_ptr<FileServer> files;
+
+  void run();
+};
+
+// The reactor thread: everything that uses the io_uring is created, used and destroyed here.
+void kvfs_node::run() {
+  std::unique_ptr<Uring> uring;
+  std::unique_ptr<UringDevice> dev;
+  std::unique_ptr<Store> st;
+  Status s = Uring::create(UringOptions{}, &uring);
+  if (s.err == 0) {
+    DeviceOptions d;
+    d.read_only = store_opt.read_only;
+    s = UringDevice::open(*uring, data_path, d, &dev);
+  }
+  if (s.err == 0) s = Store::open(*dev, store_opt, &st);
+  if (s.err != 0) return opened.set(s);
+  Status end;
+  {
+    Reactor r(uring.get(), dev.get(), st.get(), &inodes);
+    s = r.init();
+    if (s.err == 0) {
+      r.add_ring(&own.daemon);
+      r.add_ring(&calls.daemon);
+      reactor = &r;
+      store = st.get();
+    }
+    opened.set(s);
+    if (s.err == 0) r.run();
+    end = st->close();
+  }
+  if (s.err == 0) closed.set(end);
+}
+
+int kvfs_node_format(const char* path, uint64_t size, uint32_t segment_bytes, uint64_t journal_bytes, char* err,
+                     size_t err_len) {
+  std::unique_ptr<Uring> uring;
+  std::unique_ptr<UringDevice> dev;
+  Status s = Uring::create(UringOptions{}, &uring);
+  if (s.err == 0) {
+    DeviceOptions d;
+    d.create_bytes = size;
+    s = UringDevice::open(*uring, path, d, &dev);
+  }
+  if (s.err == 0) {
+    FormatOptions f;
+    f.size = size;
+    f.segment_bytes = segment_bytes;
+    f.journal_bytes = journal_bytes;
+    s = Store::format(*dev, f);
+  }
+  return s.err == 0 ? 0 : fail(s, err, err_len);
+}
+
+int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, size_t err_len) {
+  *out = nullptr;
+  if (cfg == nullptr || cfg->data_path == nullptr) return fail({EINVAL, "no data path given"}, err, err_len);
+  auto n = std::make_unique<kvfs_node>();
+  n->data_path = cfg->data_path;
+  n->store_opt.memory_bytes = cfg->memory_bytes;
+  if (cfg->dirty_bytes != 0) n->store_opt.dirty_bytes = cfg->dirty_bytes;
+  n->store_opt.verify = cfg->verify != 0;
+  n->store_opt.read_only = cfg->read_only != 0;
+  if (cfg->high_watermark > 0) n->store_opt.high_watermark = cfg->high_watermark;
+  if (cfg->low_watermark > 0) n->store_opt.low_watermark = cfg->low_watermark;
+  if (!n->own.make(kOwnEntries, true) || !n->calls.make(kCallEntries, false) || n->upcalls.fd() < 0)
+    return fail({ENOMEM, "cannot make the daemon's own rings"}, err, err_len);
+  n->thread = std::thread([p = n.get()] { p->run(); });
+  Status s = n->opened.get();
+  if (s.err != 0) {
+    n->thread.join();
+    return fail(s, err, err_len);
+  }
+  if (cfg->socket_path != nullptr) {
+    ControlConfig c;
+    c.path = cfg->socket_path;
+    c.allowed_uid = cfg->allowed_uid;
+    if (cfg->max_sessions != 0) c.max_sessions = cfg->max_sessions;
+    if (cfg->session_bytes != 0) c.session_bytes = cfg->session_bytes;
+    n->control = std::make_unique<ControlServer>(c, n->reactor, &n->inodes, &n->namespaces, &n->upcalls);
+    s = n->control->start();
+    if (s.err == 0) {
+      n->files = std::make_unique<FileServer>(c.path + ".fd", n->control.get());
+      n->files->set_mount(cfg->mount_dev);
+      s = n->files->start();
+    }
+    if (s.err != 0) {
+      kvfs_node_stop(n.release(), nullptr, 0);
+      return fail(s, err, err_len);
+    }
+  }
+  *out = n.release();
+  return 0;
+}
+
+int kvfs_node_stop(kvfs_node* n, char* err, size_t err_len) {
+  if (n == nullptr) return 0;
+  if (n->files) n->files->stop();
+  if (n->control) n->control->stop();
+  Reactor* r = n->reactor;
+  r->post([r, n] {
+    r->close_ring(&n->own.daemon, [] {});
+    r->close_ring(&n->calls.daemon, [] {});
+  });
+  r->stop();
+  Status s = n->closed.get();
+  n->thread.join();
+  n->files.reset();
+  n->control.reset();
+  delete n;
+  return s.err == 0 ? 0 : fail(s, err, err_len);
+}
+
+int kvfs_node_submit(kvfs_node* n, const kvfs_sqe* sqes, int count) {
+  std::lock_guard<std::mutex> g(n->own.mu);
+  int i = 0;
+  for (; i < count; ++i) {
+    kvfs_sqe* s = n->own.client.next();
+    if (s == nullptr) break;
+    *s = sqes[i];
+  }
+  n->own.publish();
+  return i;
+}
+
+int kvfs_node_event_fd(kvfs_node* n) { return n->own.daemon.notify_fd; }
+
+int kvfs_node_reap(kvfs_node* n, kvfs_cqe* out, int max) {
+  if (max <= 0) return -EINVAL;
+  std::lock_guard<std::mutex> g(n->own.mu);
+  uint64_t v;
+  ssize_t io = read(n->own.daemon.notify_fd, &v, sizeof v);
+  int got = n->own.client.pop(out, max);
+  if (got == max && n->own.client.ready() > 0) {  // keep it readable for the rest
+    v = 1;
+    io = write(n->own.daemon.notify_fd, &v, sizeof v);
+  }
+  (void)io;
+  return got;
+}
+
+int64_t kvfs_node_call(kvfs_node* n, const kvfs_sqe* sqe, uint64_t timeout_ns) {
+  std::lock_guard<std::mutex> g(n->calls.mu);
+  ClientRing& c = n->calls.client;
+  kvfs_cqe cqe;
+  uint64_t start = monotonic_ns(), id = n->next_call++;
+  uint64_t deadline = timeout_ns < UINT64_MAX - start ? start + timeout_ns : UINT64_MAX;
+  bool sent = false;
+  for (;;) {
+    while (c.pop(&cqe, 1) == 1) {  // late completions of calls that timed out are dropped
+      if (cqe.user_data == id) return cqe.result;
+    }
+    if (!sent) {
+      if (kvfs_sqe* s = c.next()) {
+        *s = *sqe;
+        s->user_data = id;
+        n->calls.publish();
+        sent = true;
+        continue;
+      }
+    }
+    uint64_t now = monotonic_ns();
+    if (now >= deadline) return -ETIMEDOUT;
+    if (now - start < kCallSpinNs) {
+      for (int i = 0; i < 16 && c.ready() == 0; ++i) cpu_relax();
+      continue;
+    }
+    uint32_t tail = c.arm();
+    if (tail == c.cq_head()) {
+      uint64_t left = deadline == UINT64_MAX ? 1000000000 : deadline - now;
+      timespec ts{time_t(left / 1000000000u), long(left % 1000000000u)};
+      syscall(SYS_futex, c.futex_word(), FUTEX_WAIT, tail, &ts, nullptr, 0);
+    }
+    c.disarm();
+  }
+}
+
+int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_t ns_id, int evictable, uint32_t uid) {
+  if (tenant == nullptr || name == nullptr || ns_id == UINT32_MAX) return -EINVAL;
+  if (strlen(tenant) >= sizeof(kvfs_upcall::tenant) || strlen(name) >= sizeof(kvfs_upcall::name)) return -ENAMETOOLONG;
+  NamespaceInfo i;
+  i.ns_id = ns_id;
+  i.evictable = evictable != 0;
+  i.uid = uid;
+  n->namespaces.put(tenant, name, i);
+  n->reactor->post([r = n->reactor, ns_id, on = i.evictable] { r->set_evictable(ns_id, on); });
+  return 0;
+}
+
+int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name) {
+  if (tenant == nullptr || name == nullptr) return -EINVAL;
+  return n->namespaces.drop(tenant, name) ? 0 : -ENOENT;
+}
+
+int kvfs_node_upcall_fd(kvfs_node* n) { return n->upcalls.fd(); }
+
+int kvfs_node_next_upcall(kvfs_node* n, kvfs_upcall* out) { return n->upcalls.next(out) ? 1 : 0; }
+
+int kvfs_node_answer(kvfs_node* n, uint64_t id, int err) {
+  if (!n->control) return -EINVAL;
+  n->control->answer(id, err > 0 ? -err : err);
+  return 0;
+}
+
+int kvfs_node_inode_open(kvfs_node* n, uint64_t ino, uint64_t size) {
+  n->inodes.open(ino, size);
+  return 0;
+}
+
+int kvfs_node_inode_close(kvfs_node* n, uint64_t ino) { return n->inodes.close(ino); }
+
+int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino) {
+  InodeRef i = n->inodes.find(ino);
+  return i ? int64_t(i->size.load(std::memory_order_acquire)) : -ENOENT;
+}
+
+int kvfs_node_inode_stat(kvfs_node* n, uint64_t ino, uint64_t* size, int* dirty, int clear) {
+  InodeRef i = n->inodes.find(ino);
+  if (!i) return -ENOENT;
+  // Dirty first: a write that finishes between the two is seen again next time, never lost.
+  bool d = clear != 0 ? i->dirty.exchange(false, std::memory_order_acq_rel) : i->dirty.load(std::memory_order_acquire);
+  if (dirty != nullptr) *dirty = d ? 1 : 0;
+  if (size != nullptr) *size = i->size.load(std::memory_order_acquire);
+  return 0;
+}
+
+int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev) {
+  if (!n->files) return -EINVAL;
+  n->files->set_mount(st_dev);
+  return 0;
+}
+
+int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
+  auto box = std::make_shared<Box<std::pair<StoreStats, ReactorStats>>>();
+  Reactor* r = n->reactor;
+  auto rings = std::make_shared<size_t>(0);
+  r->post([r, box, rings] {
+    *rings = r->ring_count();
+    box->set({r->store()->stats(), r->stats()});
+  });
+  auto [s, rs] = box->get();
+  memset(out, 0, sizeof *out);
+#define COPY(f) out->f = s.f
+  COPY(chunks); COPY(block_chunks); COPY(file_chunks); COPY(data_bytes); COPY(slot_bytes); COPY(capacity_bytes);
+  COPY(free_bytes); COPY(free_segments); COPY(total_segments); COPY(index_bytes); COPY(gets); COPY(get_hits);
+  COPY(puts); COPY(puts_existed); COPY(deletes); COPY(writes); COPY(evictions); COPY(checksum_errors);
+  COPY(io_errors); COPY(mem_hits); COPY(mem_bytes); COPY(journal_groups); COPY(journal_bytes); COPY(checkpoints);
+  COPY(flushes); COPY(moves); COPY(dirty_bytes); COPY(bytes_read); COPY(bytes_written);
+#undef COPY
+  out->sqes = rs.sqes;
+  out->bad_sqes = rs.bad_sqes;
+  out->broken_rings = rs.broken_rings;
+  out->sleeps = rs.sleeps;
+  out->turns = rs.turns;
+  out->rings = *rings;
+  if (n->control) {
+    ControlStats& c = n->control->stats();
+    out->sessions = c.sessions;
+    out->iovs = c.iovs;
+    out->iov_bytes = c.iov_bytes;
+  }
+  return 0;
+}

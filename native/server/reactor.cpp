@@ -1,0 +1,472 @@
+// reactor.cpp owns the reactor's loop, block operations, sleeping and waking, and the end of rings, iovs and sessions.
+#include "reactor.h"
+
+#include <linux/futex.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <climits>
+
+#include "../store/check.h"
+#include "validate.h"
+
+namespace kvfs {
+
+namespace {
+constexpr unsigned kDrainBudget = 256;       // SQEs of one ring per turn
+constexpr unsigned kGroup = 16;              // SQEs whose index lines are prefetched together
+constexpr uint64_t kSpinNs = 15000;          // about two round trips of a memory hit; longer only burns a shared core
+constexpr uint32_t kMaxNsId = 1u << 20;
+
+void futex_wake(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
+ChunkKey block_key(uint32_t ns, const kvfs_sqe& s) {
+  ChunkKey k;
+  k.kind = Kind::Block;
+  k.key_len = s.key_len;
+  k.ns = ns;
+  memcpy(k.id, s.key, sizeof k.id);
+  return k;
+}
+}  // namespace
+
+uint64_t monotonic_ns() {
+  timespec ts;
+  clock_gettime(CLOCK_MONOTONIC, &ts);
+  return uint64_t(ts.tv_sec) * 1000000000u + uint64_t(ts.tv_nsec);
+}
+
+Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes)
+    : uring_(uring), dev_(dev), store_(store), inodes_(inodes) {}
+
+Reactor::~Reactor() {
+  KVFS_CHECK(rings_.empty() && jobs_.empty() && ops_live_ == 0);
+  if (poll_handle_ >= 0) uring_->remove_poll(poll_handle_);
+  if (epoll_fd_ >= 0) close(epoll_fd_);
+  if (post_fd_ >= 0) close(post_fd_);
+}
+
+Status Reactor::init() {
+  epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
+  post_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (epoll_fd_ < 0 || post_fd_ < 0) return {errno, "cannot create the reactor's descriptors"};
+  epoll_event ev{};
+  ev.events = EPOLLIN | EPOLLET;
+  if (epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, post_fd_, &ev) != 0) return {errno, "epoll_ctl failed"};
+  poll_handle_ = uring_->add_poll(epoll_fd_, on_epoll, this);
+  if (poll_handle_ < 0) return {-poll_handle_, "io_uring cannot watch the reactor's descriptors"};
+  return {};
+}
+
+// Edge-triggered: taking the events is enough, the eventfds are never read. Rings are all looked at after any wake.
+void Reactor::on_epoll(void* owner, uint32_t) {
+  auto* self = static_cast<Reactor*>(owner);
+  epoll_event ev[64];
+  while (epoll_wait(self->epoll_fd_, ev, 64, 0) == 64) {
+  }
+}
+
+void Reactor::post(std::function<void()> fn) {
+  {
+    std::lock_guard<std::mutex> g(post_mu_);
+    posted_.push_back(std::move(fn));
+    has_posted_.store(true, std::memory_order_release);
+  }
+  uint64_t one = 1;
+  ssize_t n = write(post_fd_, &one, sizeof one);
+  (void)n;  // EAGAIN: the counter is full, so the event is pending anyway
+}
+
+void Reactor::stop() {
+  post([this] { stop_.store(true, std::memory_order_relaxed); });
+}
+
+void Reactor::run_posted() {
+  if (!has_posted_.load(std::memory_order_acquire)) return;
+  std::vector<std::function<void()>> fns;
+  {
+    std::lock_guard<std::mutex> g(post_mu_);
+    fns.swap(posted_);
+    has_posted_.store(false, std::memory_order_relaxed);
+  }
+  for (auto& f : fns) f();
+}
+
+void Reactor::run() {
+  bool polled = false;
+  for (;;) {
+    ++stats_.turns;
+    run_posted();
+    if (dev_ != nullptr && !polled && dev_->inflight() > 0) dev_->poll(false);
+    polled = false;
+    drain_more_ = false;
+    if (!rings_.empty()) {
+      // Start with another ring each turn, so that scarce Ops do not always go to the first.
+      drain_from_ = (drain_from_ + 1) % uint32_t(rings_.size());
+      for (size_t i = 0; i < rings_.size(); ++i) drain(rings_[(drain_from_ + i) % rings_.size()]);
+    }
+    job_ready_ = step_jobs();
+    store_->tick(monotonic_ns());
+    publish();
+    run_closing();
+    if (stop_.load(std::memory_order_relaxed) && ops_live_ == 0 && jobs_.empty() && closing_.empty()) return;
+    if (work_waiting()) continue;
+    bool io = dev_ != nullptr && dev_->inflight() > 0;
+    // With I/O in flight the kernel wakes us; without, a short look around often saves a sleep and a wake.
+    if (!io && spin()) continue;
+    sleep();
+    polled = true;
+  }
+}
+
+bool Reactor::work_waiting() {
+  if (has_posted_.load(std::memory_order_acquire) || drain_more_ || job_ready_ || store_->busy()) return true;
+  for (Ring* r : rings_) {
+    if (!r->closing && r->q.can_take() && ops_live_ < kMaxOps) return true;
+  }
+  return false;
+}
+
+// Spins only while spinning pays: a spin that found work earns credit, one that did not costs more. Without credit one
+// idle round in 64 tries again.
+bool Reactor::spin() {
+  if (rings_.empty() || store_->deadline_ns() <= monotonic_ns()) return false;
+  ++idle_rounds_;
+  if (spin_credit_ <= 0 && (idle_rounds_ & 63) != 0) return false;
+  uint64_t end = monotonic_ns() + kSpinNs;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (work_waiting()) {
+        if (spin_credit_ < 16) ++spin_credit_;
+        return true;
+      }
+      cpu_relax();
+    }
+  } while (monotonic_ns() < end);
+  spin_credit_ = spin_credit_ > 4 ? spin_credit_ - 4 : 0;
+  return false;
+}
+
+void Reactor::sleep() {
+  for (Ring* r : rings_) r->q.need_wake(true);
+  full_fence();  // flags before tails, see ClientRing::publish
+  uint64_t timeout = 0;
+  if (!work_waiting()) {
+    uint64_t deadline = store_->deadline_ns(), now = monotonic_ns();
+    timeout = deadline == UINT64_MAX ? UINT64_MAX : deadline > now ? deadline - now : 0;
+    if (!closing_.empty() && timeout > 1000000) timeout = 1000000;
+    // A full CQ is emptied without a wake from the client: look again soon while SQEs wait behind one.
+    for (Ring* r : rings_) {
+      if (!r->closing && r->q.has_sqes() && timeout > 200000) timeout = 200000;
+    }
+  }
+  ++stats_.sleeps;
+  uring_->submit_and_wait(timeout);
+  for (Ring* r : rings_) r->q.need_wake(false);
+}
+
+void Reactor::publish() {
+  for (Ring* r : rings_) {
+    if (!r->q.publish()) continue;
+    if (r->notify_fd >= 0) {
+      uint64_t one = 1;
+      ssize_t n = write(r->notify_fd, &one, sizeof one);
+      (void)n;
+    } else {
+      futex_wake(r->q.futex_word());
+    }
+  }
+}
+
+unsigned Reactor::drain(Ring* r) {
+  if (r->closing) return 0;
+  bool was_broken = r->q.broken() != 0;
+  uint32_t n = r->q.refresh();
+  if (!was_broken && r->q.broken() != 0) {
+    ++stats_.broken_rings;
+    futex_wake(r->q.futex_word());
+  }
+  if (n > kDrainBudget) n = kDrainBudget;
+  if (n > kMaxOps - ops_live_) n = kMaxOps - ops_live_;
+  kvfs_sqe group[kGroup];
+  for (uint32_t done = 0; done < n;) {
+    uint32_t g = n - done < kGroup ? n - done : kGroup;
+    for (uint32_t i = 0; i < g; ++i) {
+      r->q.take(&group[i]);
+      // A key prefetched with a wrong namespace costs nothing but the hint.
+      NsHandle ns;
+      if (g > 1 && op_has_key(group[i].opcode) && resolve_ns(r, group[i], &ns) == 0)
+        store_->prefetch(block_key(ns.ns_id, group[i]));
+    }
+    for (uint32_t i = 0; i < g; ++i) dispatch(r, group[i]);
+    done += g;
+  }
+  stats_.sqes += n;
+  return n;
+}
+
+void Reactor::finish(Ring* r, uint64_t user_data, int64_t result) { r->q.complete(user_data, result); }
+
+void Reactor::dispatch(Ring* r, const kvfs_sqe& s) {
+  int err = check_sqe(s, r->session == nullptr);
+  if (err == 0) {
+    switch (s.opcode) {
+      case KVFS_OP_NOP:
+        finish(r, s.user_data, 0);
+        return;
+      case KVFS_OP_GET:
+      case KVFS_OP_PUT:
+      case KVFS_OP_EXISTS:
+      case KVFS_OP_EVICT:
+      case KVFS_OP_SYNC:
+      case KVFS_OP_CHECKPOINT:
+        err = start_block(r, s);
+        break;
+      default:
+        err = start_file(r, s);
+        break;
+    }
+  }
+  if (err != 0) {
+    if (err == -EINVAL || err == -EPERM || err == -EBADF || err == -EFAULT || err == -EOPNOTSUPP) ++stats_.bad_sqes;
+    finish(r, s.user_data, err);
+  }
+}
+
+int Reactor::resolve_ns(Ring* r, const kvfs_sqe& s, NsHandle* out) {
+  if (r->session == nullptr) {
+    out->ns_id = s.handle;
+    out->evictable = s.handle < evictable_.size() && evictable_[s.handle];
+    return 0;
+  }
+  const auto& t = r->session->ns;
+  if (s.handle >= t.size() || !t[s.handle].used) return -EBADF;
+  *out = t[s.handle];
+  return 0;
+}
+
+int Reactor::resolve_mem(Ring* r, const kvfs_sqe& s, uint64_t len, Iov** iov, MemRef* mem) {
+  *iov = nullptr;
+  mem->fixed = -1;
+  if (s.iov == KVFS_IOV_INPROC) {  // check_sqe has refused it to everybody else
+    if (s.iov_off == 0 && len != 0) return -EFAULT;
+    mem->ptr = reinterpret_cast<void*>(uintptr_t(s.iov_off));
+    return 0;
+  }
+  if (r->session == nullptr || s.iov >= kMaxIovs) return -EBADF;
+  Iov* v = r->session->iovs[s.iov];
+  if (v == nullptr || v->closing) return -EBADF;
+  if (s.iov_off > v->size || len > v->size - s.iov_off) return -EFAULT;
+  mem->ptr = v->base + s.iov_off;
+  if (len != 0 && s.iov_off / kFixedMax == (s.iov_off + len - 1) / kFixedMax)
+    mem->fixed = v->fixed[size_t(s.iov_off / kFixedMax)];
+  *iov = v;
+  return 0;
+}
+
+int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
+  NsHandle ns;
+  ChunkKey key;
+  if (s.opcode <= KVFS_OP_EVICT) {
+    int err = resolve_ns(r, s, &ns);
+    if (err != 0) return err;
+    if (ns.rdonly && (s.opcode == KVFS_OP_PUT || s.opcode == KVFS_OP_EVICT)) return -EACCES;
+    key = block_key(ns.ns_id, s);
+  }
+  if (s.opcode == KVFS_OP_EXISTS) {
+    ChunkInfo info;
+    finish(r, s.user_data, store_->lookup(key, &info));
+    return 0;
+  }
+  uint32_t len = s.len;
+  Iov* iov = nullptr;
+  MemRef mem;
+  if (op_has_iov(s.opcode)) {
+    if (len > KVFS_VALUE_MAX) len = KVFS_VALUE_MAX;  // no value is longer
+    int err = resolve_mem(r, s, len, &iov, &mem);
+    if (err != 0) return err;
+  }
+  if (s.opcode == KVFS_OP_GET && (s.off >= KVFS_VALUE_MAX || len == 0)) {
+    ChunkInfo info;
+    int64_t n = store_->lookup(key, &info);
+    finish(r, s.user_data, n < 0 ? n : 0);
+    return 0;
+  }
+  Op* op = new_op();
+  op->ring = r;
+  op->iov = iov;
+  op->user_data = s.user_data;
+  Request& q = op->req;
+  q.key = key;
+  q.mem = mem;
+  q.len = len;
+  if (s.flags & KVFS_SQE_DURABLE) q.flags |= Request::kDurable;
+  if (s.flags & KVFS_SQE_NOTOUCH) q.flags |= Request::kNoTouch;
+  switch (s.opcode) {
+    case KVFS_OP_GET:
+      q.op = Request::Op::Get;
+      q.off = uint32_t(s.off);
+      break;
+    case KVFS_OP_PUT:
+      q.op = Request::Op::Put;
+      if (ns.evictable) q.flags |= Request::kEvictable;
+      break;
+    case KVFS_OP_EVICT:
+      q.op = Request::Op::Delete;
+      q.len = 0;
+      break;
+    case KVFS_OP_SYNC:
+      q.op = Request::Op::Sync;
+      q.len = 0;
+      break;
+    default:
+      q.op = Request::Op::Checkpoint;
+      q.len = 0;
+      break;
+  }
+  if (iov != nullptr) ++iov->refs;
+  store_->submit(&q);
+  return 0;
+}
+
+void Reactor::op_done(Request* req) {
+  Op* op = static_cast<Op*>(req->owner);
+  Reactor* self = op->reactor;
+  if (op->job != nullptr) {
+    self->piece_done(op);
+  } else {
+    if (op->iov != nullptr) --op->iov->refs;
+    self->finish(op->ring, op->user_data, req->result);
+  }
+  self->free_op(op);
+}
+
+Op* Reactor::new_op() {
+  if (free_ops_ == nullptr) {
+    constexpr unsigned kSlab = 256;
+    slabs_.push_back(std::make_unique<Op[]>(kSlab));
+    ops_made_ += kSlab;
+    for (unsigned i = 0; i < kSlab; ++i) {
+      slabs_.back()[i].next = free_ops_;
+      free_ops_ = &slabs_.back()[i];
+    }
+  }
+  Op* op = free_ops_;
+  free_ops_ = op->next;
+  ++ops_live_;
+  op->req.flags = 0;
+  op->req.off = 0;
+  op->req.len = 0;
+  op->req.mem = MemRef{};
+  op->req.result = 0;
+  op->req.done = op_done;
+  op->req.owner = op;
+  op->req.next = nullptr;
+  op->reactor = this;
+  op->iov = nullptr;
+  op->job = nullptr;
+  return op;
+}
+
+void Reactor::free_op(Op* op) {
+  op->next = free_ops_;
+  free_ops_ = op;
+  --ops_live_;
+}
+
+void Reactor::add_ring(Ring* r) {
+  rings_.push_back(r);
+  if (r->wake_fd >= 0) {
+    epoll_event ev{};
+    ev.events = EPOLLIN | EPOLLET;
+    // Failure (ENOSPC of the user's watches) leaves the ring served whenever the reactor is awake; sleep is bounded by
+    // the store's deadlines then. It is reported to the client as a broken ring instead.
+    if (epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, r->wake_fd, &ev) != 0) r->q.give_up(errno);
+  }
+}
+
+void Reactor::add_iov(Iov* v) {
+  for (uint64_t off = 0; off < v->size; off += kFixedMax) {
+    uint64_t n = v->size - off < kFixedMax ? v->size - off : kFixedMax;
+    int idx = dev_ != nullptr ? uring_->register_buffer(v->base + off, n) : -1;
+    v->fixed.push_back(idx < 0 ? -1 : idx);  // not registered: same result, a little slower
+  }
+}
+
+void Reactor::unregister(Iov* v) {
+  for (int idx : v->fixed) {
+    if (idx >= 0) uring_->unregister_buffer(idx);
+  }
+  v->fixed.clear();
+}
+
+void Reactor::close_ring(Ring* r, std::function<void()> done) {
+  r->closing = true;
+  closing_.push_back([this, r, done = std::move(done)] {
+    if (r->q.reserved() != 0) return false;
+    std::erase(rings_, r);
+    if (r->wake_fd >= 0) epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, r->wake_fd, nullptr);
+    done();
+    return true;
+  });
+}
+
+void Reactor::close_iov(Iov* v, std::function<void()> done) {
+  v->closing = true;
+  closing_.push_back([this, v, done = std::move(done)] {
+    if (v->refs != 0) return false;
+    unregister(v);
+    done();
+    return true;
+  });
+}
+
+void Reactor::close_session(Session* s, std::function<void()> done) {
+  for (Ring* r : s->rings) {
+    if (r != nullptr) r->closing = true;
+  }
+  closing_.push_back([this, s, done = std::move(done)] {
+    for (Ring* r : s->rings) {
+      if (r != nullptr && r->q.reserved() != 0) return false;
+    }
+    // Rings closed one by one before may still have operations under way in an iov.
+    for (Iov* v : s->iovs) {
+      if (v != nullptr && v->refs != 0) return false;
+    }
+    for (Ring* r : s->rings) {
+      if (r == nullptr) continue;
+      std::erase(rings_, r);
+      if (r->wake_fd >= 0) epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, r->wake_fd, nullptr);
+    }
+    for (Iov* v : s->iovs) {
+      if (v != nullptr) unregister(v);
+    }
+    for (FileHandle& f : s->files) {
+      if (f.inode) inodes_->close(f.inode->ino);
+    }
+    s->files.clear();
+    done();
+    return true;
+  });
+}
+
+void Reactor::run_closing() {
+  if (closing_.empty()) return;
+  // `done` may queue further closings: work on a list of our own.
+  std::vector<std::function<bool()>> list;
+  list.swap(closing_);
+  for (auto& f : list) {
+    if (!f()) closing_.push_back(std::move(f));
+  }
+}
+
+void Reactor::set_evictable(uint32_t ns_id, bool on) {
+  if (ns_id >= kMaxNsId) return;
+  if (ns_id >= evictable_.size()) evictable_.resize(ns_id + 1);
+  evictable_[ns_id] = on;
+}
+
+}  // namespace kvfs

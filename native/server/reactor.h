@@ -1,0 +1,194 @@
+// reactor.h owns the one thread that serves rings: it takes SQEs, checks them against the session's tables, drives the
+// Store, and posts completions. Sessions, rings and iovs are made by the control thread and handed over with post();
+// from then on only the reactor touches them, until it hands them back through the `done` of close_*().
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../ring/queue.h"
+#include "../store/store.h"
+#include "../store/uring_device.h"
+#include "inode_table.h"
+
+namespace kvfs {
+
+constexpr unsigned kMaxRings = 16;     // per session
+constexpr unsigned kMaxIovs = 64;      // per session
+constexpr unsigned kMaxNs = 1024;      // namespace handles per session
+constexpr unsigned kMaxFiles = 4096;   // file handles per session
+constexpr unsigned kMaxOps = 1 << 16;  // store requests under way, all rings together
+constexpr uint64_t kFixedMax = 1u << 30;
+
+struct Iov {
+  char* base = nullptr;
+  uint64_t size = 0;
+  std::vector<int> fixed;  // registered buffer of each GiB, -1 = none
+  uint32_t refs = 0;       // operations under way
+  bool closing = false;
+};
+
+struct Session;
+
+struct Ring {
+  DaemonRing q;
+  void* mem = nullptr;
+  uint64_t bytes = 0;
+  int wake_fd = -1;    // the client writes it when sq_need_wake is set
+  int notify_fd = -1;  // in-process ring: eventfd written instead of a futex wake (-1: futex)
+  Session* session = nullptr;  // null: in-process
+  bool closing = false;
+};
+
+struct NsHandle {
+  uint32_t ns_id = 0;
+  bool used = false, evictable = false, rdonly = false;
+};
+
+struct FileHandle {
+  InodeRef inode;
+  bool can_read = false, can_write = false;
+};
+
+struct Session {
+  std::array<Iov*, kMaxIovs> iovs{};
+  std::array<Ring*, kMaxRings> rings{};
+  std::vector<NsHandle> ns;
+  std::vector<FileHandle> files;
+};
+
+struct ReactorStats {
+  uint64_t sqes = 0, bad_sqes = 0, broken_rings = 0, sleeps = 0, turns = 0;
+};
+
+struct Job;
+
+// One store request on behalf of a ring's SQE, or of one piece of a Job.
+struct Op {
+  Request req;
+  class Reactor* reactor = nullptr;
+  Ring* ring = nullptr;
+  Iov* iov = nullptr;
+  Job* job = nullptr;
+  uint64_t user_data = 0;
+  Op* next = nullptr;
+};
+
+// An operation that needs many store requests or many steps: file ranges, deletes, scans. At most kJobWidth requests
+// under way at once.
+struct Job {
+  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan };
+  Type type = Type::Read;
+  uint8_t flags = 0;
+  Kind kind = Kind::File;
+  Ring* ring = nullptr;
+  Iov* iov = nullptr;
+  uint64_t user_data = 0;
+  InodeRef inode;
+  uint64_t ino = 0;
+  uint64_t off = 0, pos = 0, end = 0;  // bytes of the file
+  char* mem = nullptr;
+  uint64_t cursor = 0;
+  uint32_t ns = 0;
+  uint32_t pending = 0;
+  bool generated = false;
+  int64_t err = 0;                     // first error that counts
+  uint64_t fail_pos = UINT64_MAX;      // Write: lowest file offset that failed
+  uint32_t packed = 0, room = 0;  // Scan: bytes
+};
+constexpr uint32_t kJobWidth = 64;
+constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and turn
+
+class Reactor {
+ public:
+  // Everything given must outlive the Reactor. dev may be null (stores without a device, in tests).
+  Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes);
+  ~Reactor();
+  Status init();
+
+  // The thread's body: returns after stop(), with nothing in flight.
+  void run();
+  void stop();
+
+  // Runs fn in the reactor thread soon. Any thread.
+  void post(std::function<void()> fn);
+
+  // Below: reactor thread only (inside post).
+  void add_ring(Ring* r);
+  void add_iov(Iov* v);  // registers its memory
+  // `done` runs in the reactor thread once nothing is in flight on it; the memory is the caller's again.
+  void close_ring(Ring* r, std::function<void()> done);
+  void close_iov(Iov* v, std::function<void()> done);
+  void close_session(Session* s, std::function<void()> done);
+  void set_evictable(uint32_t ns_id, bool on);
+  const ReactorStats& stats() const { return stats_; }
+  Store* store() { return store_; }
+  size_t ring_count() const { return rings_.size(); }
+
+ private:
+  unsigned drain(Ring* r);
+  void dispatch(Ring* r, const kvfs_sqe& s);
+  int start_block(Ring* r, const kvfs_sqe& s);
+  int start_file(Ring* r, const kvfs_sqe& s);
+  int resolve_ns(Ring* r, const kvfs_sqe& s, NsHandle* out);
+  int resolve_mem(Ring* r, const kvfs_sqe& s, uint64_t len, Iov** iov, MemRef* mem);
+  void finish(Ring* r, uint64_t user_data, int64_t result);
+
+  Op* new_op();
+  void free_op(Op* op);
+  Job* new_job(Ring* r, const kvfs_sqe& s, Job::Type t);
+  bool step(Job* j);       // true: finished and answered
+  void step_range(Job* j);
+  void step_chunks(Job* j);
+  void step_scan_delete(Job* j);
+  void step_scan(Job* j);
+  bool issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem);
+  static void op_done(Request* req);
+  void piece_done(Op* op);
+  bool step_jobs();
+
+  void publish();
+  bool work_waiting();
+  bool spin();
+  void sleep();
+  void run_posted();
+  void run_closing();
+  void unregister(Iov* v);
+  static void on_epoll(void* owner, uint32_t revents);
+
+  Uring* uring_;
+  Device* dev_;
+  Store* store_;
+  InodeTable* inodes_;
+  int epoll_fd_ = -1;  // edge-triggered set of all wake eventfds, itself polled by the Uring
+  int post_fd_ = -1;
+  int poll_handle_ = -1;
+
+  std::mutex post_mu_;
+  std::vector<std::function<void()>> posted_;
+  std::atomic<bool> has_posted_{false};
+  std::atomic<bool> stop_{false};
+
+  std::vector<Ring*> rings_;
+  std::vector<std::function<bool()>> closing_;  // each tries to finish; true: done
+  std::vector<Job*> jobs_;
+  std::vector<std::unique_ptr<Op[]>> slabs_;
+  Op* free_ops_ = nullptr;
+  unsigned ops_made_ = 0, ops_live_ = 0;
+  std::vector<bool> evictable_;  // by namespace id
+  uint32_t drain_from_ = 0;
+  bool drain_more_ = false;
+  bool job_ready_ = false;       // a job may go on without waiting for I/O
+  int spin_credit_ = 4;
+  uint32_t idle_rounds_ = 0;
+  ReactorStats stats_;
+};
+
+uint64_t monotonic_ns();
+
+}  // namespace kvfs
