@@ -23,24 +23,36 @@ uint64_t prefix_of_key(const ChunkKey& key) {
   return v;
 }
 
-void* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return p == MAP_FAILED ? nullptr : p;
-}
-
 }  // namespace
 
-Index::Index(uint64_t seed) : seed_(seed), level_mask_(kFirstBuckets - 1), buckets_(kFirstBuckets), prefixes_(1) {
-  static_assert(kSlabEntries * sizeof(Entry) % 4096 == 0, "a slab is whole pages");
-  while (seed_ == 0) KVFS_CHECK(getrandom(&seed_, sizeof seed_, 0) == sizeof seed_);
-  auto* seg = static_cast<uint32_t*>(map_pages(kSegBuckets * sizeof(uint32_t)));
-  KVFS_CHECK(seg != nullptr);
-  segs_.push_back(seg);
+Index::Arena::~Arena() {
+  for (char* r : regions) munmap(r, kRegion);
 }
 
-Index::~Index() {
-  for (Entry* s : slabs_) munmap(s, kSlabEntries * sizeof(Entry));
-  for (uint32_t* s : segs_) munmap(s, kSegBuckets * sizeof(uint32_t));
+void* Index::Arena::piece(size_t bytes) {
+  if (kRegion - used < bytes) {
+    void* p = mmap(nullptr, kRegion + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+    char* at = static_cast<char*>(p);
+    const size_t skip = (kHuge - reinterpret_cast<uintptr_t>(at) % kHuge) % kHuge;  // keep an aligned region only
+    if (skip > 0) munmap(at, skip);
+    munmap(at + skip + kRegion, kHuge - skip);
+    regions.push_back(at + skip);
+    used = 0;
+  }
+  // What is full may become huge pages in the background. Asking before it is touched would make one insert in tens of
+  // thousands wait milliseconds for the kernel to clear 2 MiB.
+  if (const size_t full = used & ~(kHuge - 1); full > 0) madvise(regions.back(), full, MADV_HUGEPAGE);
+  void* out = regions.back() + used;
+  used += bytes;
+  return out;
+}
+
+Index::Index(uint64_t seed) : seed_(seed), level_mask_(kFirstBuckets - 1), buckets_(kFirstBuckets), prefixes_(1) {
+  while (seed_ == 0) KVFS_CHECK(getrandom(&seed_, sizeof seed_, 0) == sizeof seed_);
+  auto* seg = static_cast<uint32_t*>(seg_arena_.piece(kSegBuckets * sizeof(uint32_t)));
+  KVFS_CHECK(seg != nullptr);
+  segs_.push_back(seg);
 }
 
 uint64_t Index::hash(const ChunkKey& key) const { return XXH3_64bits_withSeed(&key, sizeof key, seed_); }
@@ -67,6 +79,14 @@ Entry* Index::find(const ChunkKey& key) {
 }
 
 void Index::prefetch(const ChunkKey& key) const { __builtin_prefetch(&head(bucket_of(hash(key)))); }
+
+void Index::prefetch_entry(const ChunkKey& key) const {
+  const uint32_t id = head(bucket_of(hash(key)));
+  if (id == 0) return;
+  const char* e = reinterpret_cast<const char*>(&at(id));
+  __builtin_prefetch(e);
+  __builtin_prefetch(e + sizeof(Entry) - 1);
+}
 
 ChunkKey Index::key_of(uint32_t id) const {
   const Entry& e = at(id);
@@ -121,7 +141,7 @@ void Index::erase(uint32_t id) {
 void Index::split() {
   if (buckets_ == 1u << 31) return;
   if (buckets_ >> kSegBits == segs_.size()) {
-    auto* seg = static_cast<uint32_t*>(map_pages(kSegBuckets * sizeof(uint32_t)));
+    auto* seg = static_cast<uint32_t*>(seg_arena_.piece(kSegBuckets * sizeof(uint32_t)));
     if (seg == nullptr) return;
     segs_.push_back(seg);
   }
@@ -142,7 +162,7 @@ void Index::split() {
 }
 
 bool Index::add_slab() {
-  auto* slab = static_cast<Entry*>(map_pages(kSlabEntries * sizeof(Entry)));
+  auto* slab = static_cast<Entry*>(slab_arena_.piece(kSlabEntries * sizeof(Entry)));
   if (slab == nullptr) return false;
   auto bits = std::make_unique<Bitmap>();
   std::memset(bits->free, 0xff, sizeof bits->free);

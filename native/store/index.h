@@ -50,7 +50,6 @@ class Index {
 
   // seed = 0: random, so that nobody outside can choose keys that collide.
   explicit Index(uint64_t seed = 0);
-  ~Index();
   Index(const Index&) = delete;
   Index& operator=(const Index&) = delete;
 
@@ -66,8 +65,10 @@ class Index {
   const Entry& at(uint32_t id) const { return slabs_[id >> kSlabBits][id & (kSlabEntries - 1)]; }
   bool live(uint32_t id) const { return id != 0 && id <= high_ && at(id).prefix != 0; }
   ChunkKey key_of(uint32_t id) const;
-  // Starts loading the key's bucket head into the cache.
+  // Starts loading the key's bucket head into the cache; the second one, called a little later, the chain's first entry.
+  // For batches: prefetch all keys, prefetch_entry all keys, then find each.
   void prefetch(const ChunkKey& key) const;
+  void prefetch_entry(const ChunkKey& key) const;
   // Highest id ever handed out; ids are 1..capacity().
   uint32_t capacity() const { return high_; }
   uint32_t size() const { return size_; }
@@ -76,6 +77,14 @@ class Index {
  private:
   static constexpr uint32_t kSegBits = 14, kSegBuckets = 1u << kSegBits;  // bucket heads per allocation
   static constexpr uint32_t kMaxPrefix = 65535;
+  // Hands out pieces of large regions, so that the kernel can use huge pages: a lookup is cache and TLB misses only.
+  struct Arena {
+    static constexpr size_t kRegion = 64u << 20, kHuge = 2u << 20;  // a region is touched, so paid for, as it fills
+    std::vector<char*> regions;
+    size_t used = kRegion;  // of the last region
+    ~Arena();
+    void* piece(size_t bytes);  // zeroed; nullptr without memory
+  };
   struct Bitmap {
     uint64_t free[kSlabEntries / 64];
     uint32_t count;
@@ -102,6 +111,7 @@ class Index {
   uint64_t free_ids_ = 0;
   uint32_t level_mask_;          // 2^level - 1
   uint32_t buckets_;             // 2^level <= buckets_ < 2^(level+1)
+  Arena slab_arena_, seg_arena_;
   std::vector<Entry*> slabs_;
   std::vector<std::unique_ptr<Bitmap>> bitmaps_;
   std::vector<uint64_t> slab_free_;  // one bit per slab: it has a free id
