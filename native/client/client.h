@@ -17,9 +17,9 @@ struct kvfs_client {
   pid_t pid = 0;
   std::string path;
   uint8_t token[16] = {};
-  bool dead = false;                    // a reply was lost: no further control calls
-  std::vector<kvfs_ring*> rings;        // <= 16
-  std::vector<kvfs_iov> iovs;           // <= 64
+  bool dead = false;              // a reply was lost: no further control calls
+  std::vector<kvfs_ring*> rings;  // <= 16
+  std::vector<kvfs_iov> iovs;     // <= 64
 };
 
 struct kvfs_ring {

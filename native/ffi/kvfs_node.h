@@ -26,9 +26,9 @@ struct kvfs_node_config {
   uint32_t allowed_uid;    /* besides the daemon's own uid and 0; KVFS_ANY_UID = nobody else */
   uint32_t max_sessions;   /* 0 = 64 */
   uint32_t read_only;
-  uint64_t session_bytes;  /* iov memory of one session; 0 = 4 GiB */
-  uint64_t mount_dev;      /* st_dev of the mount, for file handles; 0 = set later by kvfs_node_set_mount */
-  double high_watermark;   /* 0 = default */
+  uint64_t session_bytes; /* iov memory of one session; 0 = 4 GiB */
+  uint64_t mount_dev;     /* st_dev of the mount, for file handles; 0 = set later by kvfs_node_set_mount */
+  double high_watermark;  /* 0 = default */
   double low_watermark;
 };
 
@@ -58,7 +58,7 @@ int kvfs_node_stop(kvfs_node* n, char* err, size_t err_len);
 
 /* In-process ring of 4096 entries. Submit and reap from one thread at a time each. */
 int kvfs_node_submit(kvfs_node* n, const struct kvfs_sqe* sqes, int count); /* how many were taken (may be < count) */
-int kvfs_node_event_fd(kvfs_node* n);                                       /* readable when there is something to reap */
+int kvfs_node_event_fd(kvfs_node* n); /* readable when there is something to reap */
 int kvfs_node_reap(kvfs_node* n, struct kvfs_cqe* out, int max);
 /* One operation, blocking (spins briefly first). Its own ring; calls are serialized. -ETIMEDOUT: the operation goes on
  * and its memory must stay valid until kvfs_node_stop. */
@@ -70,14 +70,14 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out);
 int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_t ns_id, int evictable, uint32_t uid);
 int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name); /* handles already open stay open */
 
-int kvfs_node_upcall_fd(kvfs_node* n);                                /* readable when an upcall waits */
-int kvfs_node_next_upcall(kvfs_node* n, struct kvfs_upcall* out);     /* 1 = filled, 0 = none */
+int kvfs_node_upcall_fd(kvfs_node* n);                            /* readable when an upcall waits */
+int kvfs_node_next_upcall(kvfs_node* n, struct kvfs_upcall* out); /* 1 = filled, 0 = none */
 /* err 0 (after kvfs_node_ns_put) or -errno for the client. */
 int kvfs_node_answer(kvfs_node* n, uint64_t id, int err);
 
 /* Open inodes: INODE_* operations and file handles need the inode open. Opens are counted; the first sets the size. */
 int kvfs_node_inode_open(kvfs_node* n, uint64_t ino, uint64_t size);
-int kvfs_node_inode_close(kvfs_node* n, uint64_t ino); /* references left */
+int kvfs_node_inode_close(kvfs_node* n, uint64_t ino);    /* references left */
 int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open */
 /* Size and whether data was written since the last call with clear != 0. */
 int kvfs_node_inode_stat(kvfs_node* n, uint64_t ino, uint64_t* size, int* dirty, int clear);

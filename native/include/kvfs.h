@@ -57,8 +57,8 @@ int kvfs_ring_destroy(kvfs_ring* r);
 
 /* The next free entry, zeroed, or NULL if `entries` operations are under way. Published by kvfs_submit. */
 struct kvfs_sqe* kvfs_prep(kvfs_ring* r);
-int kvfs_prep_block(kvfs_ring* r, uint8_t opcode, uint8_t flags, int ns, const void* key, uint32_t key_len, uint16_t iov,
-                    uint64_t iov_off, uint64_t off, uint32_t len, uint64_t user_data);
+int kvfs_prep_block(kvfs_ring* r, uint8_t opcode, uint8_t flags, int ns, const void* key, uint32_t key_len,
+                    uint16_t iov, uint64_t iov_off, uint64_t off, uint32_t len, uint64_t user_data);
 /* Hands over everything prepared; returns how many. One system call only if the daemon sleeps. */
 int kvfs_submit(kvfs_ring* r);
 /* Up to max completions without waiting; returns how many. */

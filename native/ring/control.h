@@ -34,8 +34,8 @@ struct CtlRequest {  // 256 bytes
   uint32_t flags;
   uint64_t a;
   uint8_t token[16];
-  uint8_t rsv[24];   // 0
-  char tenant[64];   // NUL-terminated
+  uint8_t rsv[24];  // 0
+  char tenant[64];  // NUL-terminated
   char name[128];
 };
 static_assert(sizeof(CtlRequest) == 256);
@@ -80,8 +80,7 @@ inline int ctl_parse(const void* buf, size_t len, CtlRequest* out) {
     case Ctl::IovCreate:
       return out->a != 0 && out->a <= (uint64_t(1) << 40) && out->flags <= 1 ? 0 : -EINVAL;
     case Ctl::NsOpen:
-      return ctl_name_ok(out->tenant, sizeof out->tenant) && ctl_name_ok(out->name, sizeof out->name) &&
-                     out->flags <= 1
+      return ctl_name_ok(out->tenant, sizeof out->tenant) && ctl_name_ok(out->name, sizeof out->name) && out->flags <= 1
                  ? 0
                  : -EINVAL;
     case Ctl::Hello:

@@ -28,8 +28,7 @@ int make_shared(const char* name, uint64_t bytes, bool huge, int* fd, void** mem
   *fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (*fd < 0) return -errno;
   int err = 0;
-  if (ftruncate(*fd, off_t(bytes)) != 0 ||
-      fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+  if (ftruncate(*fd, off_t(bytes)) != 0 || fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     err = -errno;
   } else {
     *mem = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
@@ -158,8 +157,7 @@ void ControlServer::accept_all() {
     socklen_t len = sizeof cred;
     auto c = std::make_unique<Client>();
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) != 0 || !uid_ok(cred.uid) ||
-        clients_.size() >= cfg_.max_sessions ||
-        getrandom(c->token, sizeof c->token, 0) != ssize_t(sizeof c->token)) {
+        clients_.size() >= cfg_.max_sessions || getrandom(c->token, sizeof c->token, 0) != ssize_t(sizeof c->token)) {
       close(fd);
       continue;
     }
@@ -371,8 +369,7 @@ void ControlServer::ns_open(Client* c, const CtlRequest& q, bool may_ask) {
     c->pending = q;
     return;  // busy until answer()
   }
-  if (info.uid != KVFS_ANY_UID && c->uid != info.uid && c->uid != 0 && c->uid != geteuid())
-    return reply(c, q, -EACCES);
+  if (info.uid != KVFS_ANY_UID && c->uid != info.uid && c->uid != 0 && c->uid != geteuid()) return reply(c, q, -EACCES);
   uint32_t h = 0;
   while (h < c->ns_used.size() && c->ns_used[h]) ++h;
   if (h >= kMaxNs) return reply(c, q, -EMFILE);

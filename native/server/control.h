@@ -42,8 +42,7 @@ class ControlServer {
   void answer(uint64_t upcall, int err);
   bool uid_ok(uint32_t uid) const;
   // Binds an inode to the session with this token; reply(handle or -errno) runs in the control thread.
-  void bind_file(const uint8_t token[16], uint64_t ino, bool can_read, bool can_write,
-                 std::function<void(int)> reply);
+  void bind_file(const uint8_t token[16], uint64_t ino, bool can_read, bool can_write, std::function<void(int)> reply);
   ControlStats& stats() { return stats_; }
   int post_fd() const { return post_fd_; }
 
@@ -58,9 +57,9 @@ class ControlServer {
     std::array<Iov*, kMaxIovs> iovs{};
     std::vector<bool> ns_used, files_used;
     uint64_t bytes = 0;
-    bool busy = false;       // a request is under way: nothing is read until it is answered
+    bool busy = false;  // a request is under way: nothing is read until it is answered
     bool closing = false;
-    uint64_t upcall = 0;     // under way for `pending`
+    uint64_t upcall = 0;  // under way for `pending`
     CtlRequest pending{};
   };
 

@@ -16,9 +16,9 @@
 namespace kvfs {
 
 namespace {
-constexpr unsigned kDrainBudget = 256;       // SQEs of one ring per turn
-constexpr unsigned kGroup = 16;              // SQEs whose index lines are prefetched together
-constexpr uint64_t kSpinNs = 15000;          // about two round trips of a memory hit; longer only burns a shared core
+constexpr unsigned kDrainBudget = 256;  // SQEs of one ring per turn
+constexpr unsigned kGroup = 16;         // SQEs whose index lines are prefetched together
+constexpr uint64_t kSpinNs = 15000;     // about two round trips of a memory hit; longer only burns a shared core
 constexpr uint32_t kMaxNsId = 1u << 20;
 
 void futex_wake(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }

@@ -39,8 +39,8 @@ struct Ring {
   DaemonRing q;
   void* mem = nullptr;
   uint64_t bytes = 0;
-  int wake_fd = -1;    // the client writes it when sq_need_wake is set
-  int notify_fd = -1;  // in-process ring: eventfd written instead of a futex wake (-1: futex)
+  int wake_fd = -1;            // the client writes it when sq_need_wake is set
+  int notify_fd = -1;          // in-process ring: eventfd written instead of a futex wake (-1: futex)
   Session* session = nullptr;  // null: in-process
   bool closing = false;
 };
@@ -97,9 +97,9 @@ struct Job {
   uint32_t ns = 0;
   uint32_t pending = 0;
   bool generated = false;
-  int64_t err = 0;                     // first error that counts
-  uint64_t fail_pos = UINT64_MAX;      // Write: lowest file offset that failed
-  uint32_t packed = 0, room = 0;  // Scan: bytes
+  int64_t err = 0;                 // first error that counts
+  uint64_t fail_pos = UINT64_MAX;  // Write: lowest file offset that failed
+  uint32_t packed = 0, room = 0;   // Scan: bytes
 };
 constexpr uint32_t kJobWidth = 64;
 constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and turn
@@ -142,7 +142,7 @@ class Reactor {
   Op* new_op();
   void free_op(Op* op);
   Job* new_job(Ring* r, const kvfs_sqe& s, Job::Type t);
-  bool step(Job* j);       // true: finished and answered
+  bool step(Job* j);  // true: finished and answered
   void step_range(Job* j);
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
@@ -183,7 +183,7 @@ class Reactor {
   std::vector<bool> evictable_;  // by namespace id
   uint32_t drain_from_ = 0;
   bool drain_more_ = false;
-  bool job_ready_ = false;       // a job may go on without waiting for I/O
+  bool job_ready_ = false;  // a job may go on without waiting for I/O
   int spin_credit_ = 4;
   uint32_t idle_rounds_ = 0;
   ReactorStats stats_;

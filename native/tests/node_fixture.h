@@ -1,0 +1,75 @@
+// node_fixture.h owns a node on a fresh preallocated file in a temporary directory, for the ring's tests.
+#pragma once
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <string>
+
+#include "../ffi/kvfs_node.h"
+#include "../include/kvfs.h"
+
+class NodeTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    alarm(200);  // no test hangs
+    char tmp[] = "/var/tmp/kvfs-ring-XXXXXX";
+    ASSERT_NE(mkdtemp(tmp), nullptr);
+    dir_ = tmp;
+    data_ = dir_ + "/data";
+    sock_ = dir_ + "/sock";
+    char err[256] = "";
+    ASSERT_EQ(kvfs_node_format(data_.c_str(), 256u << 20, 0, 0, err, sizeof err), 0) << err;
+    start();
+  }
+  void start() {
+    char err[256] = "";
+    kvfs_node_config c{};
+    c.data_path = data_.c_str();
+    c.socket_path = sock_.c_str();
+    c.memory_bytes = memory_;
+    c.verify = 1;
+    c.allowed_uid = KVFS_ANY_UID;
+    struct stat st;
+    ASSERT_EQ(stat(dir_.c_str(), &st), 0);
+    c.mount_dev = st.st_dev;  // ordinary files stand in for files of the mount
+    ASSERT_EQ(kvfs_node_start(&c, &node_, err, sizeof err), 0) << err;
+    ASSERT_EQ(kvfs_node_ns_put(node_, "t", "cache", 1, 1, KVFS_ANY_UID), 0);
+    ASSERT_EQ(kvfs_node_ns_put(node_, "t", "other", 2, 0, KVFS_ANY_UID), 0);
+  }
+  void stop() {
+    char err[256] = "";
+    if (node_ != nullptr) {
+      EXPECT_EQ(kvfs_node_stop(node_, err, sizeof err), 0) << err;
+    }
+    node_ = nullptr;
+  }
+  void TearDown() override {
+    stop();
+    std::filesystem::remove_all(dir_);
+    alarm(0);
+  }
+  struct kvfs_node_stats stats() {
+    struct kvfs_node_stats s;
+    EXPECT_EQ(kvfs_node_stats(node_, &s), 0);
+    return s;
+  }
+  // Until every session's memory is free again.
+  bool wait_sessions(uint64_t want) {
+    for (int i = 0; i < 2000; ++i) {
+      if (stats().sessions == want) return true;
+      usleep(1000);
+    }
+    return false;
+  }
+
+  std::string dir_, data_, sock_;
+  uint64_t memory_ = 16u << 20;
+  kvfs_node* node_ = nullptr;
+};
+
+constexpr uint64_t kSec = 1000000000;
