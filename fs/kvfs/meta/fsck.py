@@ -420,6 +420,7 @@ def _mend_entry(txn: Txn, f: Finding) -> bool:
         txn.delete(f.key)
         if op.find(entry.parent, entry.name) is None:  # else the inode, if now without a name, is found as lost
             op.enter(entry.parent, entry.name, inode)
+    op.files = op.bytes = 0  # the usage counts may be damaged themselves; they are mended by counting
     op.finish(0)
     return True
 
@@ -444,7 +445,6 @@ def _lost_found(op: Op) -> Inode | None:
     op.enter(ROOT_INO, LOST_FOUND, inode)
     root.nlink += 1
     op.changed(root, modified=True)
-    op.files += 1
     return inode
 
 

@@ -194,19 +194,20 @@ class Tree:
     def _page(txn: Txn, ino: int, cookie: int, limit: int) -> list[Dentry]:
         start = schema.directory_key(ino)
         begin = start + (cookie >> 7).to_bytes(schema.HASH_BYTES, "big")
-        # One more for the entry the cookie stands on, one more to see whether the last bucket is complete.
-        want = limit + 2
-        rows = txn.range(begin, prefix_end(start), want)
-        if len(rows) == want and rows[-1][0][: schema.DENTRY_HEAD] == rows[-2][0][: schema.DENTRY_HEAD]:
-            want += 2 * schema.LAST_SEQUENCE
+        # A page ends with a whole bucket (entries of one hash), for only a whole one can be put in cookie order.
+        # Should that leave nothing, the second try has room for two full buckets more.
+        for want in (limit + 2, limit + 2 + 2 * schema.LAST_SEQUENCE):
             rows = txn.range(begin, prefix_end(start), want)
-        if len(rows) == want:
-            last = rows[-1][0][: schema.DENTRY_HEAD]
-            while rows[-1][0][: schema.DENTRY_HEAD] == last:
-                rows.pop()
-        entries = [schema.unpack_dentry(key, value) for key, value in rows]
-        entries.sort(key=lambda entry: entry.cookie)
-        return [entry for entry in entries if entry.cookie > cookie][:limit]
+            full = len(rows) == want
+            if full:
+                last = rows[-1][0][: schema.DENTRY_HEAD]
+                while rows and rows[-1][0][: schema.DENTRY_HEAD] == last:
+                    rows.pop()
+            entries = [schema.unpack_dentry(key, value) for key, value in rows]
+            entries = sorted((e for e in entries if e.cookie > cookie), key=lambda e: e.cookie)
+            if entries or not full:
+                return entries[:limit]
+        return []
 
     def usage(self) -> Usage:
         """Inodes (orphans included) and bytes of regular files' sizes."""
@@ -286,12 +287,12 @@ class Tree:
         def body(op: Op) -> Inode:
             directory = op.live_directory(parent)
             inode = op.inode(ino)
+            if op.find(parent, name) is not None:
+                raise FsError(errno.EEXIST)
             if is_dir(inode):
                 raise FsError(errno.EPERM)
             if inode.nlink == 0:
                 raise FsError(errno.ENOENT)
-            if op.find(parent, name) is not None:
-                raise FsError(errno.EEXIST)
             if inode.nlink >= schema.MAX_NLINK:
                 raise FsError(errno.EMLINK)
             inode.nlink += 1
