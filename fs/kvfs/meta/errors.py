@@ -7,11 +7,9 @@ import os
 
 
 class FsError(OSError):
-    errno: int
-
     def __init__(self, code: int, what: str = "") -> None:
         text = os.strerror(code)
         super().__init__(code, f"{text}: {what}" if what else text)
 
     def __repr__(self) -> str:
-        return f"FsError({errno.errorcode.get(self.errno, self.errno)})"
+        return f"FsError({errno.errorcode.get(self.errno or 0, self.errno)})"

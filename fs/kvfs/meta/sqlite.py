@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import apsw
 import trio
@@ -90,7 +90,11 @@ def _errors(path: Path) -> Generator[None]:
 
 def _select(con: apsw.Connection, key: _RangeKey) -> _Pairs:
     begin, end, limit, reverse = key
-    return con.execute(_DESC if reverse else _ASC, (begin, end, limit)).fetchall()
+    return cast("_Pairs", con.execute(_DESC if reverse else _ASC, (begin, end, limit)).fetchall())
+
+
+def _number(con: apsw.Connection, query: str) -> int:
+    return int(cast("int", con.execute(query).fetchall()[0][0]))
 
 
 class SqliteTxn(Txn):
@@ -237,7 +241,7 @@ class SqliteWatch(Watch):
         if con is None or self._store.closed:
             raise StopAsyncIteration
         with _errors(self._store.path):
-            version: int = con.execute("PRAGMA data_version").fetchall()[0][0]
+            version = _number(con, "PRAGMA data_version")
             if version == self._version:
                 return
             rows = _select(con, (self._begin, self._end, MAX_RANGE + 1, False))
@@ -330,10 +334,10 @@ class SqliteStore(Store):
 
     @staticmethod
     def _ids(con: apsw.Connection) -> tuple[tuple[int, int, int], str]:
-        application: int = con.execute("PRAGMA application_id").fetchall()[0][0]
-        version: int = con.execute("PRAGMA user_version").fetchall()[0][0]
-        tables: int = con.execute("SELECT count(*) FROM sqlite_schema").fetchall()[0][0]
-        mode: str = con.execute("PRAGMA journal_mode").fetchall()[0][0]
+        application = _number(con, "PRAGMA application_id")
+        version = _number(con, "PRAGMA user_version")
+        tables = _number(con, "SELECT count(*) FROM sqlite_schema")
+        mode = str(con.execute("PRAGMA journal_mode").fetchall()[0][0])
         return (application, version, tables), mode
 
     def _take(self) -> apsw.Connection:
