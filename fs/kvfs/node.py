@@ -1,0 +1,163 @@
+"""The native node as the daemon owns it: format, start, stop, the namespaces it knows, its questions answered."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from kvfs._node import ffi, lib
+
+ERR_BYTES = 512
+SEGMENT_BYTES = 32 << 20
+JOURNAL_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """`data` is a block device or a file. 0 stands for the native default, where there is one."""
+
+    data: Path
+    socket: Path | None = None
+    memory_bytes: int = 0
+    dirty_bytes: int = 0
+    verify: bool = True
+    allowed_uid: int | None = None
+    max_sessions: int = 0
+    session_bytes: int = 0
+    read_only: bool = False
+    mount_dev: int = 0
+    high_watermark: float = 0.0
+    low_watermark: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """`uid` may open it, besides root and the daemon's own user; None is everybody whom the socket admits."""
+
+    id: int
+    evictable: bool = True
+    uid: int | None = None
+
+
+# Called for a namespace that a client opens and the node does not know: (tenant, name, the client's uid).
+# None: there is none. An OSError is passed on to the client.
+Resolver = Callable[[str, str, int], Awaitable[Namespace | None]]
+
+
+def _raise(result: int, err: Any) -> None:
+    if result < 0:
+        raise OSError(-result, ffi.string(err).decode(errors="replace"))
+
+
+def format_store(
+    data: Path, size: int, *, segment_bytes: int = SEGMENT_BYTES, journal_bytes: int = JOURNAL_BYTES
+) -> None:
+    """Makes an empty store; whatever `data` held is lost. A file is made, or grown, to `size` bytes."""
+    err = ffi.new("char[]", ERR_BYTES)
+    _raise(lib.kvfs_node_format(bytes(data), size, segment_bytes, journal_bytes, err, ERR_BYTES), err)
+
+
+class Node:
+    """A running node. `async with Node.open(config)` also stops it, whatever happens."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @classmethod
+    def start(cls, config: NodeConfig) -> Node:
+        """Opens the store (recovering it if it was not closed) and serves the socket. May take seconds."""
+        err = ffi.new("char[]", ERR_BYTES)
+        data = ffi.new("char[]", bytes(config.data))
+        socket = ffi.NULL if config.socket is None else ffi.new("char[]", bytes(config.socket))
+        native = ffi.new(
+            "struct kvfs_node_config*",
+            {
+                "data_path": data,
+                "socket_path": socket,
+                "memory_bytes": config.memory_bytes,
+                "dirty_bytes": config.dirty_bytes,
+                "verify": config.verify,
+                "allowed_uid": lib.KVFS_ANY_UID if config.allowed_uid is None else config.allowed_uid,
+                "max_sessions": config.max_sessions,
+                "read_only": config.read_only,
+                "session_bytes": config.session_bytes,
+                "mount_dev": config.mount_dev,
+                "high_watermark": config.high_watermark,
+                "low_watermark": config.low_watermark,
+            },
+        )
+        out = ffi.new("kvfs_node**")
+        _raise(lib.kvfs_node_start(native, out, err, ERR_BYTES), err)
+        return cls(out[0])
+
+    def stop(self) -> None:
+        """Ends all sessions, drains, checkpoints. No data plane of this node may be open."""
+        handle, self.handle = self.handle, ffi.NULL
+        if handle != ffi.NULL:
+            err = ffi.new("char[]", ERR_BYTES)
+            _raise(lib.kvfs_node_stop(handle, err, ERR_BYTES), err)
+
+    @staticmethod
+    @asynccontextmanager
+    async def open(config: NodeConfig) -> AsyncIterator[Node]:
+        node = await trio.to_thread.run_sync(Node.start, config)
+        try:
+            yield node
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(node.stop)
+
+    def put_namespace(self, tenant: str, name: str, namespace: Namespace) -> None:
+        uid = lib.KVFS_ANY_UID if namespace.uid is None else namespace.uid
+        result = lib.kvfs_node_ns_put(
+            self.handle, tenant.encode(), name.encode(), namespace.id, int(namespace.evictable), uid
+        )
+        if result < 0:
+            raise OSError(-result, f"namespace {tenant}/{name}")
+
+    def drop_namespace(self, tenant: str, name: str) -> None:
+        """Nobody opens it from now on; who has it open keeps it."""
+        result = lib.kvfs_node_ns_drop(self.handle, tenant.encode(), name.encode())
+        if result < 0 and result != -errno.ENOENT:
+            raise OSError(-result, f"namespace {tenant}/{name}")
+
+    def set_mount(self, st_dev: int) -> None:
+        """The mount whose open files clients may register."""
+        result = lib.kvfs_node_set_mount(self.handle, st_dev)
+        if result < 0:
+            raise OSError(-result, "the node serves no file handles")
+
+    async def serve_upcalls(self, resolve: Resolver) -> None:
+        """Answers opens of unknown namespaces until cancelled, one at a time."""
+        fd: int = lib.kvfs_node_upcall_fd(self.handle)
+        call = ffi.new("struct kvfs_upcall*")
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            while lib.kvfs_node_next_upcall(self.handle, call) == 1:
+                number: int = call.id
+                answer = errno.EIO
+                try:
+                    answer = await self._resolve(call, resolve)
+                finally:
+                    lib.kvfs_node_answer(self.handle, number, answer)
+
+    async def _resolve(self, call: Any, resolve: Resolver) -> int:
+        """0 or the errno for the client."""
+        try:
+            tenant, name = ffi.string(call.tenant).decode(), ffi.string(call.name).decode()
+        except UnicodeDecodeError:
+            return errno.EINVAL
+        try:
+            found = await resolve(tenant, name, call.uid)
+            if found is None:
+                return errno.ENOENT
+            self.put_namespace(tenant, name, found)
+        except OSError as e:
+            return e.errno or errno.EIO
+        return 0
