@@ -284,7 +284,7 @@ def test_tree_like_a_real_directory() -> None:
     run_state_machine_as_test(  # pyright: ignore[reportUnknownMemberType]
         TreeMachine,
         settings=settings(
-            max_examples=int(os.environ.get("KVFS_EXAMPLES", "25")),
+            max_examples=int(os.environ.get("KVFS_EXAMPLES", "50")),
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

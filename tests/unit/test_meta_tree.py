@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -414,3 +417,38 @@ def test_namespaces(store: SqliteStore) -> None:
     for bad in ("", ".x", "-x", "a/b", "ä", "n" * 65, "a\n"):
         fails(errno.EINVAL, lambda bad=bad: namespaces.create(store, bad, "kv"))
         fails(errno.EINVAL, lambda bad=bad: namespaces.create(store, "t", bad))
+
+
+WORKER = """
+import sys
+from kvfs.meta.errors import FsError
+from kvfs.meta.sqlite import SqliteStore
+from kvfs.meta.tree import Tree
+tree = Tree(SqliteStore(sys.argv[1]), create=False)
+won = 0
+for n in range(150):
+    try:
+        tree.create(1, b"f%d" % n, 0o644, 0, 0)
+        won += 1
+    except FsError as error:
+        assert error.errno == 17, error
+print(won)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_processes_racing_for_names(tree: Tree, tmp_path: Path) -> None:
+    """Every name is won exactly once, and the fixture's fsck finds the counts right."""
+    package = Path(namespaces.__file__).parents[2]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path / "meta.db")],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(package)},
+        )
+        for _ in range(3)
+    ]
+    won = [int(worker.communicate(timeout=50)[0]) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert sum(won) == 150
+    assert tree.usage().files == 151
