@@ -21,7 +21,8 @@ bool has_avx2() {
 
 uint64_t xxh3(const void* data, size_t len) {
   static const bool wide = detail::has_avx2();
-  return len > 240 && wide ? detail::xxh3_avx2(data, len) : XXH3_64bits(data, len);  // up to 240 bytes they are the same code
+  // Up to 240 bytes both are the same code.
+  return len > 240 && wide ? detail::xxh3_avx2(data, len) : XXH3_64bits(data, len);
 }
 
 uint64_t xxh3_seeded(const void* data, size_t len, uint64_t seed) { return XXH3_64bits_withSeed(data, len, seed); }

@@ -1,5 +1,5 @@
-// checksum.h owns the checksum of everything on a device: XXH3, 64 bits, seed 0. The widest implementation the processor
-// has is chosen once at run time; all give the same result.
+// checksum.h owns the checksum of everything on a device: XXH3, 64 bits, seed 0. The widest implementation the
+// processor has is chosen once at run time; all give the same result.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// checksum_avx2.cpp: XXH3 compiled for AVX2, apart from the rest so that nothing else uses such instructions. Everything
-// included here is inlined into the one function (no shared inline function may leak out of this file).
+// checksum_avx2.cpp: XXH3 compiled for AVX2, apart from the rest so that nothing else uses such instructions.
+// Everything included here is inlined into the one function (no shared inline function may leak out of this file).
 #if defined(__x86_64__)
 #include <immintrin.h>
 

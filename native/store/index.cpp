@@ -15,7 +15,7 @@ namespace kvfs {
 namespace {
 
 constexpr uint32_t kFirstBuckets = 1024;
-constexpr uint32_t kLoadFactor = 2;  // entries per bucket
+constexpr uint32_t kLoadFactor = 3;  // entries per bucket: 62 + 4/3 bytes a chunk keeps the whole index within 64
 
 uint64_t prefix_of_key(const ChunkKey& key) {
   uint64_t v;
@@ -31,7 +31,8 @@ Index::Arena::~Arena() {
 
 void* Index::Arena::piece(size_t bytes) {
   if (kRegion - used < bytes) {
-    void* p = mmap(nullptr, kRegion + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, kRegion + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return nullptr;
     char* at = static_cast<char*>(p);
     const size_t skip = (kHuge - reinterpret_cast<uintptr_t>(at) % kHuge) % kHuge;  // keep an aligned region only

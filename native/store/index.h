@@ -1,6 +1,6 @@
-// index.h owns the in-memory index of a store: every chunk's whole key, place, checksum, version and time in at most 64.5
-// bytes, all included. Linear hashing (one bucket splits per growth step, no rehash stall) over entries that keep their id
-// and address while they live. Ids are handed out cyclically, so a sweep 1..capacity() approximates insertion order.
+// index.h owns the in-memory index of a store: every chunk's whole key, place, checksum, version and time in at most
+// 64.5 bytes, all included. Linear hashing (one bucket splits per growth step, no rehash stall) over entries that keep
+// their id and address while they live. Ids are handed out cyclically, so a sweep 1..capacity() approximates insertion order.
 // Single-threaded. Memory: grows with the largest number of live entries ever, never shrinks.
 #pragma once
 
@@ -65,8 +65,8 @@ class Index {
   const Entry& at(uint32_t id) const { return slabs_[id >> kSlabBits][id & (kSlabEntries - 1)]; }
   bool live(uint32_t id) const { return id != 0 && id <= high_ && at(id).prefix != 0; }
   ChunkKey key_of(uint32_t id) const;
-  // Starts loading the key's bucket head into the cache; the second one, called a little later, the chain's first entry.
-  // For batches: prefetch all keys, prefetch_entry all keys, then find each.
+  // Starts loading the key's bucket head into the cache; the second one, called a little later, the chain's first
+  // entry. For batches: prefetch all keys, prefetch_entry all keys, then find each.
   void prefetch(const ChunkKey& key) const;
   void prefetch_entry(const ChunkKey& key) const;
   // Highest id ever handed out; ids are 1..capacity().

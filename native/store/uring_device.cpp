@@ -326,7 +326,9 @@ int Uring::submit_and_wait(uint64_t timeout_ns) {
   } else if (timeout_ns == UINT64_MAX) {
     rc = io_uring_submit_and_wait(&ring_, 1);
   } else {
-    __kernel_timespec ts{static_cast<int64_t>(timeout_ns / 1'000'000'000), static_cast<int64_t>(timeout_ns % 1'000'000'000)};
+    __kernel_timespec ts{};
+    ts.tv_sec = static_cast<int64_t>(timeout_ns / 1'000'000'000);
+    ts.tv_nsec = static_cast<int64_t>(timeout_ns % 1'000'000'000);
     io_uring_cqe* cqe;
     rc = io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &ts, nullptr);
   }
@@ -358,7 +360,7 @@ Status UringDevice::open(Uring& ring, const std::string& path, const DeviceOptio
   if (d->fd_ < 0 && errno == EINVAL) {  // no O_DIRECT
     if (!opt.allow_buffered) {
       if (!exists) ::unlink(path.c_str());
-      return {EOPNOTSUPP, path + ": this file system has no O_DIRECT; put the store on a disk file system or a block device"};
+      return {EOPNOTSUPP, path + ": this file system has no O_DIRECT; use a disk file system or a block device"};
     }
     d->direct_ = false;
     d->fd_ = ::open(path.c_str(), flags & ~O_DIRECT, 0600);
@@ -368,7 +370,8 @@ Status UringDevice::open(Uring& ring, const std::string& path, const DeviceOptio
                           : fail(errno, "cannot open " + path);
   }
   if (::flock(d->fd_, (opt.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0) {
-    return errno == EWOULDBLOCK ? Status{EBUSY, path + " is in use by another process"} : fail(errno, "cannot lock " + path);
+    if (errno == EWOULDBLOCK) return {EBUSY, path + " is in use by another process"};
+    return fail(errno, "cannot lock " + path);
   }
 
   if (block) {
@@ -381,7 +384,8 @@ Status UringDevice::open(Uring& ring, const std::string& path, const DeviceOptio
     if (::fstat(d->fd_, &st) != 0) return fail(errno, "cannot stat " + path);
     const bool fresh = st.st_size == 0 && opt.create_bytes > 0;
     const off_t want = fresh ? static_cast<off_t>(opt.create_bytes) : st.st_size;
-    if (!opt.read_only && want > 0 && (fresh || st.st_blocks * 512 < want)) {  // no holes: a write must not find the disk full
+    // No holes: a write must not find the disk full.
+    if (!opt.read_only && want > 0 && (fresh || st.st_blocks * 512 < want)) {
       int rc;
       do rc = ::fallocate(d->fd_, 0, 0, want);
       while (rc != 0 && errno == EINTR);

@@ -45,8 +45,8 @@ class Uring {
   int add_poll(int fd, PollReady ready, void* owner);
   void remove_poll(int handle);
 
-  // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs the
-  // callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
+  // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs
+  // the callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
   int submit_and_wait(uint64_t timeout_ns);
 
  private:

@@ -3,10 +3,12 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -312,6 +314,43 @@ TEST_F(UringDeviceTest, EventfdsWakeTheWaiter) {
   EXPECT_EQ(a.rung, 201);
   ring_->remove_poll(again);
   ring_->remove_poll(hb);
+}
+
+// The reactor watches one edge-triggered epoll set of all eventfds and never reads these.
+TEST_F(UringDeviceTest, AnEpollSetWakesTheWaiterOnEveryRing) {
+  Bell bells[3];
+  struct Set {
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+    int events = 0;
+    ~Set() { close(fd); }
+  } set;
+  for (Bell& b : bells) {
+    epoll_event ev{};
+    ev.events = EPOLLIN | EPOLLET;
+    ASSERT_EQ(epoll_ctl(set.fd, EPOLL_CTL_ADD, b.fd, &ev), 0);
+  }
+  const int h = ring_->add_poll(set.fd, [](void* o, uint32_t) {
+    epoll_event ev[8];
+    auto* s = static_cast<Set*>(o);
+    s->events += epoll_wait(s->fd, ev, 8, 0);
+  }, &set);
+  ASSERT_GE(h, 0);
+  std::atomic<int> seen{0};
+  std::thread other([&] {
+    for (int i = 0; i < 2000; ++i) {
+      bells[i % 3].ring();
+      for (const uint64_t start = now_ms(); seen.load() <= i && now_ms() - start < 5000;) std::this_thread::yield();
+    }
+  });
+  bool lost = false;
+  while (!lost && set.events < 2000) {
+    lost = ring_->submit_and_wait(3'000'000'000) == 0;  // a lost wake-up shows as this timeout
+    seen = set.events;
+  }
+  seen = 1 << 30;
+  other.join();
+  EXPECT_FALSE(lost) << set.events;
+  ring_->remove_poll(h);
 }
 
 TEST_F(UringDeviceTest, ManyPollsAndADyingDescriptor) {
