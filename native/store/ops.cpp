@@ -331,7 +331,7 @@ void StoreImpl::write_merged(WriteOp* op) {
 
 // Allocates, checksums and writes the pieces of the new chunk.
 void StoreImpl::launch_write(WriteOp* op) {
-  const uint32_t n = pieces_of(op->total), align = dev_.align();
+  const uint32_t n = pieces_of(op->total);
   const uint32_t reserve = op->sealed ? reserve_segments() : reserve_segments() / 2;
   for (uint32_t k = 0; k < n; k++) {
     const uint32_t len = std::min(kPieceMax, op->total - k * kPieceMax);
@@ -353,50 +353,52 @@ void StoreImpl::launch_write(WriteOp* op) {
     op->pieces.push_back(p);
   }
   op->pending = 1;
-  for (uint32_t k = 0; k < n; k++) {
-    Piece* p = op->pieces[k];
-    const uint8_t* src = op->src + k * kPieceMax;
-    const auto io_len = static_cast<uint32_t>(round_up(p->len, align));
-    const bool direct = io_len == p->len && dev_.mem_ok(src);
-    if (!direct) {
-      p->bounce_len = io_len;
-      p->bounce = pool_.get(io_len);
-      std::memcpy(p->bounce, src, p->len);
-      std::memset(static_cast<uint8_t*>(p->bounce) + p->len, 0, io_len - p->len);
-      src = static_cast<uint8_t*>(p->bounce);
-    }
-    if (trailer_bytes(class_of(p->len))) {
-      p->tr = static_cast<Trailer*>(pool_.get(trailer_io_));
-      std::memset(static_cast<void*>(p->tr), 0, trailer_io_);
-      const uint32_t sub = sub_block(p->len);
-      p->tr->magic = kTrailerMagic;
-      p->tr->sums = (p->len + sub - 1) / sub;
-      p->tr->key = piece_key(op->r->key, k);
-      p->tr->length = p->len;
-      p->tr->version = op->version;
-      for (uint32_t i = 0; i < p->tr->sums; i++) p->tr->sum[i] = xxh3(src + i * sub, std::min(sub, p->len - i * sub));
-      p->csum = xxh3(p->tr, sizeof(Trailer));
-      p->trailer.op = Io::Op::Write;
-      p->trailer.mem = {p->tr, -1};
-      p->trailer.len = trailer_io_;
-      p->trailer.off = alloc_->trailer_off(p->off);
-      p->trailer.owner = p;
-      p->trailer.done = on_write_io;
-      op->pending++;
-      dev_.submit(&p->trailer);
-    } else {
-      p->csum = xxh3(src, p->len);
-    }
-    p->data.op = Io::Op::Write;
-    p->data.mem = {const_cast<uint8_t*>(src), direct ? op->fixed : -1};
-    p->data.len = io_len;
-    p->data.off = p->off;
-    p->data.owner = p;
-    p->data.done = on_write_io;
-    op->pending++;
-    dev_.submit(&p->data);
-  }
+  for (uint32_t k = 0; k < n; k++) write_piece(op->pieces[k], piece_key(op->r->key, k), op->src + k * kPieceMax);
   op->pending--;  // never the last: each piece has a transfer that completes from poll()
+}
+
+// Checksums one piece and sends it to its slot; p->write->pending counts the transfers.
+void StoreImpl::write_piece(Piece* p, const ChunkKey& key, const uint8_t* src) {
+  WriteOp* op = p->write;
+  const auto io_len = static_cast<uint32_t>(round_up(p->len, dev_.align()));
+  const bool direct = io_len == p->len && dev_.mem_ok(src);
+  if (!direct) {
+    p->bounce_len = io_len;
+    p->bounce = pool_.get(io_len);
+    std::memcpy(p->bounce, src, p->len);
+    std::memset(static_cast<uint8_t*>(p->bounce) + p->len, 0, io_len - p->len);
+    src = static_cast<uint8_t*>(p->bounce);
+  }
+  if (trailer_bytes(class_of(p->len))) {
+    p->tr = static_cast<Trailer*>(pool_.get(trailer_io_));
+    std::memset(static_cast<void*>(p->tr), 0, trailer_io_);
+    const uint32_t sub = sub_block(p->len);
+    p->tr->magic = kTrailerMagic;
+    p->tr->sums = (p->len + sub - 1) / sub;
+    p->tr->key = key;
+    p->tr->length = p->len;
+    p->tr->version = op->version;
+    for (uint32_t i = 0; i < p->tr->sums; i++) p->tr->sum[i] = xxh3(src + i * sub, std::min(sub, p->len - i * sub));
+    p->csum = xxh3(p->tr, sizeof(Trailer));
+    p->trailer.op = Io::Op::Write;
+    p->trailer.mem = {p->tr, -1};
+    p->trailer.len = trailer_io_;
+    p->trailer.off = alloc_->trailer_off(p->off);
+    p->trailer.owner = p;
+    p->trailer.done = on_write_io;
+    op->pending++;
+    dev_.submit(&p->trailer);
+  } else {
+    p->csum = xxh3(src, p->len);
+  }
+  p->data.op = Io::Op::Write;
+  p->data.mem = {const_cast<uint8_t*>(src), direct ? op->fixed : -1};
+  p->data.len = io_len;
+  p->data.off = p->off;
+  p->data.owner = p;
+  p->data.done = on_write_io;
+  op->pending++;
+  dev_.submit(&p->data);
 }
 
 void StoreImpl::on_write_io(Io* io) {
@@ -408,6 +410,7 @@ void StoreImpl::on_write_io(Io* io) {
     if (!op->err) op->err = -io->result;
   }
   if (--op->pending) return;
+  if (!op->r) return s->commit_move(op);
   if (op->err) return s->fail_write(op, op->err);
   s->commit_write(op);
 }
@@ -507,6 +510,7 @@ uint32_t StoreImpl::drop_chunk(uint32_t id, uint64_t) {
     k++;
   }
   const uint64_t seq = log(recs, k);
+  defrag_barren_ = false;
   for (uint32_t i = 0; i < k; i++) quarantine(slots[i], seq);
   return k;
 }
@@ -610,7 +614,7 @@ void StoreImpl::retry_space_waiters() {
         continue;
       }
     }
-    if (!more && !evictable) {
+    if (!more && !evictable && !can_defragment()) {
       unlock(r->key);
       complete(r, -ENOSPC);
       continue;

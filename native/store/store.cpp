@@ -215,6 +215,7 @@ void StoreImpl::tick(uint64_t now_ns) {
   }
   free_quarantined();
   retry_space_waiters();
+  defragment_step();
   if (!stalled_.empty() && !needs_stall()) {
     std::deque<Request*> again;
     again.swap(stalled_);
@@ -234,7 +235,9 @@ bool StoreImpl::busy() const {
   if (failed_ || opt_.read_only) return false;
   return (!open_.empty() && !group_busy_) || (ck_wanted_ && ck_ == Ck::Idle) ||
          (ck_ == Ck::Scan && ck_pages_inflight_ < kCkDepth) || (flush_wanted_ && !flush_busy_ && !group_busy_) ||
-         (short_of_space() && barren_ <= 8 * index_.capacity() + 4096) || (!stalled_.empty() && !needs_stall());
+         (short_of_space() && barren_ <= 8 * index_.capacity() + 4096) ||
+         (drain_ != Allocator::kNone && drain_id_ <= index_.capacity() && moves_ < kMaxMoves && !drain_stuck_) ||
+         (!stalled_.empty() && !needs_stall());
 }
 
 Status StoreImpl::close() {

@@ -119,6 +119,7 @@ class StoreImpl final : public Store {
   void start_delete(Request* r);
   void write_merged(struct WriteOp* op);
   void launch_write(struct WriteOp* op);
+  void write_piece(Piece* p, const ChunkKey& key, const uint8_t* src);
   static void on_write_io(Io* io);
   void commit_write(struct WriteOp* op);
   void fail_write(struct WriteOp* op, int err);
@@ -134,6 +135,13 @@ class StoreImpl final : public Store {
   uint32_t reserve_segments() const;
   void wait_for_space(Request* r);
   void retry_space_waiters();
+  bool can_defragment() const { return !defrag_barren_ || drain_ != Allocator::kNone; }
+
+  // move.cpp
+  void defragment_step();
+  void end_drain();
+  bool move_piece(uint32_t id);
+  void commit_move(struct WriteOp* op);
 
   // commit.cpp
   uint64_t log(const Record* recs, uint32_t n);  // sequence number that makes them durable once flushed
@@ -193,6 +201,14 @@ class StoreImpl final : public Store {
   uint32_t writes_in_flight_ = 0;
   uint32_t hand_ = 0;    // eviction sweep
   uint32_t barren_ = 0;  // ids swept since something was evicted
+
+  // defragmentation: the segment being emptied
+  static constexpr uint32_t kMaxMoves = 16;  // in flight
+  uint32_t drain_ = Allocator::kNone;
+  uint32_t drain_id_ = 0, moves_ = 0;
+  bool drain_stuck_ = false;    // no slot to move to, or an unreadable chunk
+  bool drain_skipped_ = false;  // a chunk was being changed
+  bool defrag_barren_ = false;  // nothing to gain until something else is freed
 
   // journal
   std::deque<std::vector<Record>> open_;  // groups not yet handed to the device; the first gets next_seq_
@@ -256,7 +272,9 @@ struct WriteOp {
   uint32_t total = 0;  // bytes of the new chunk
   uint32_t version = 1;
   bool sealed = false;
-  uint32_t old_id = 0;  // replaced entry (file chunks)
+  uint32_t old_id = 0;   // replaced entry (file chunks); the moved one
+  uint64_t old_off = 0;  // move: the slot it leaves
+  ChunkKey key;          // move: of the piece (r is null)
   const uint8_t* src = nullptr;
   int fixed = -1;
   void* merged = nullptr;  // read-modify-write buffer

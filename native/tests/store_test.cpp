@@ -461,5 +461,37 @@ TEST(Store, CacheBlocksMakeRoomDurableOnesStay) {
   ASSERT_TRUE(h.store->close());
 }
 
+// A store that is nine tenths full of chunks of many sizes goes on taking puts as long as it has free space.
+TEST(Store, FragmentationDoesNotRefuseWrites) {
+  SimOptions so = sim(8, 192u << 20);
+  so.record = false;
+  SimDevice dev(so);
+  ASSERT_TRUE(Store::format(dev, kSmall));
+  Harness h(dev);
+  ASSERT_TRUE(h.open());
+  Rng rng(8);
+  std::vector<uint64_t> there;
+  uint64_t next = 0, refused = 0;
+  for (int i = 0; i < 30000; i++) {
+    const StoreStats st = h.store->stats();
+    const bool full = st.slot_bytes > st.capacity_bytes * 9 / 10;
+    if (full || (!there.empty() && rng.below(3) == 0)) {
+      const size_t at = rng.below(there.size());
+      ASSERT_EQ(h.run(Request::Op::Delete, block_key(there[at]), nullptr, 0, 0), 0);
+      there[at] = there.back();
+      there.pop_back();
+      continue;
+    }
+    // The sizes drift, so that old segments hold the wrong classes.
+    const uint64_t top = 2000u << (i / 5000);
+    const int64_t r = h.put(block_key(next), pattern(next, 1 + rng.below(top)));
+    if (r == 1) there.push_back(next);
+    refused += r == -ENOSPC;
+    next++;
+  }
+  EXPECT_EQ(refused, 0u) << "moves: " << h.store->stats().moves;
+  ASSERT_TRUE(h.store->close());
+}
+
 }  // namespace
 }  // namespace kvfs
