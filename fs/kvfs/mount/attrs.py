@@ -1,0 +1,65 @@
+"""What the mount's handlers share: kernel attributes from inode records, and errors turned into errnos."""
+
+from __future__ import annotations
+
+import errno
+import functools
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any, Final, ParamSpec, TypeVar
+
+import pyfuse3
+import structlog
+
+from kvfs.meta.kv import FullError
+from kvfs.meta.schema import Inode
+
+ATTR_TIMEOUT_S: Final = 1.0
+ENTRY_TIMEOUT_S: Final = 1.0
+BLOCK_SIZE: Final = 4096
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = structlog.get_logger("kvfs.mount")
+
+
+def guarded(handler: Callable[P, CoroutineType[Any, Any, R]]) -> Callable[P, CoroutineType[Any, Any, R]]:
+    """Whatever a handler raises becomes an errno for the caller: an unexpected exception must not end the mount."""
+
+    @functools.wraps(handler)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except FullError as error:
+            log.error("metadata store is full", operation=handler.__name__, error=str(error))
+            raise pyfuse3.FUSEError(errno.ENOSPC) from error
+        except Exception as error:
+            log.exception("operation failed", operation=handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return wrapper
+
+
+def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(inode.ino)
+    entry.generation = 0
+    entry.entry_timeout = ENTRY_TIMEOUT_S
+    entry.attr_timeout = ATTR_TIMEOUT_S
+    entry.st_mode = pyfuse3.ModeT(inode.mode)
+    entry.st_nlink = inode.nlink
+    entry.st_uid = inode.uid
+    entry.st_gid = inode.gid
+    entry.st_rdev = inode.rdev
+    entry.st_size = inode.size
+    entry.st_blksize = BLOCK_SIZE
+    entry.st_blocks = (inode.size + 511) // 512
+    entry.st_atime_ns = inode.atime
+    entry.st_mtime_ns = inode.mtime
+    entry.st_ctime_ns = inode.ctime
+    return entry

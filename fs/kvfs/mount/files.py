@@ -1,0 +1,191 @@
+"""Open regular files: their sizes and times in memory, written to the tree on close, fsync and once a second, and
+their data removed when the last name and the last opener are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+import trio.to_thread
+
+from kvfs.dataplane import DataPlane
+from kvfs.meta.errors import FsError
+from kvfs.meta.schema import Inode
+from kvfs.meta.tree import Tree
+
+from .attrs import log
+
+PERSIST_S: Final = 1.0
+RECLAIM_QUEUE: Final = 1024
+"""Removed files whose data waits to be dropped; beyond that an unlink waits."""
+
+
+@dataclass(slots=True)
+class OpenFile:
+    ino: int
+    stored_size: int
+    """The size in the tree."""
+    users: int = 0
+    written_ns: int = 0
+    """When data was last written and the tree does not know yet; 0: it knows everything."""
+    resizing: int = 0
+    orphan: bool = False
+
+
+class OpenFiles:
+    def __init__(self, tree: Tree, data: DataPlane) -> None:
+        self.tree = tree
+        self.data = data
+        self._open: dict[int, OpenFile] = {}
+        self._lingering: dict[int, OpenFile] = {}
+        """Closed here, but still held by a client's file handle."""
+        self._send, self._receive = trio.open_memory_channel[tuple[int, int]](RECLAIM_QUEUE)
+
+    def find(self, ino: int) -> OpenFile | None:
+        return self._open.get(ino)
+
+    def acquire(self, inode: Inode) -> OpenFile:
+        file = self._open.get(inode.ino)
+        if file is None:
+            file = self._lingering.pop(inode.ino, None)
+            if file is None:
+                if inode.nlink == 0:
+                    raise FsError(errno.ENOENT)
+                self.data.inode_open(inode.ino, inode.size)
+                file = OpenFile(inode.ino, inode.size)
+            self._open[inode.ino] = file
+        file.users += 1
+        return file
+
+    async def release(self, file: OpenFile) -> None:
+        file.users -= 1
+        if file.users:
+            return
+        del self._open[file.ino]
+        await self._let_go(file)
+
+    async def _let_go(self, file: OpenFile) -> None:
+        try:
+            self.persist(file)
+        finally:
+            size = self.data.inode_size(file.ino)
+            if self.data.inode_close(file.ino) > 0:
+                self.data.inode_open(file.ino, size)
+                self._lingering[file.ino] = file
+            else:
+                self._lingering.pop(file.ino, None)
+                if file.orphan:
+                    await self._send.send((file.ino, size))
+
+    def overlay(self, inode: Inode) -> Inode:
+        """The record with what only memory knows."""
+        file = self._open.get(inode.ino) or self._lingering.get(inode.ino)
+        if file is not None:
+            if not file.resizing:
+                inode.size = self.data.inode_size(file.ino)
+            if file.written_ns:
+                inode.mtime = inode.ctime = file.written_ns
+        return inode
+
+    def wrote(self, file: OpenFile) -> None:
+        file.written_ns = self.tree.clock()
+
+    def persist(self, file: OpenFile) -> None:
+        """Brings size and times in the tree up to date; a process crash after it loses neither."""
+        if file.resizing:
+            return
+        size = self.data.inode_size(file.ino)
+        if not file.written_ns and size == file.stored_size:
+            return
+        when = file.written_ns or self.tree.clock()
+        self.tree.setattr(file.ino, size=size if size > file.stored_size else None, mtime=when)
+        file.stored_size = max(size, file.stored_size)
+        file.written_ns = 0
+
+    async def resize(self, inode: Inode, size: int) -> None:
+        """Sets the size: the tree first (it notes what must go), then the data, then the note is removed."""
+        file = self.acquire(inode)
+        try:
+            self.persist(file)
+            old = self.data.inode_size(file.ino)
+            file.resizing += 1
+            try:
+                self.tree.setattr(file.ino, size=size)
+                file.stored_size = size
+                await self.data.truncate(file.ino, size)
+                if size < old:
+                    self.tree.trimmed(file.ino)
+            finally:
+                file.resizing -= 1
+        finally:
+            await self.release(file)
+
+    async def fsync(self, file: OpenFile) -> None:
+        await self.data.fsync(file.ino)
+        self.persist(file)
+        await self.sync()
+
+    async def sync(self) -> None:
+        await trio.to_thread.run_sync(self.tree.sync)
+
+    async def removed(self, inode: Inode) -> None:
+        """Its last name is gone: the data goes now, or when the last opener has closed it."""
+        file = self._open.get(inode.ino) or self._lingering.get(inode.ino)
+        if file is not None:
+            file.orphan = True
+        else:
+            await self._send.send((inode.ino, inode.size))
+
+    # -- background
+
+    async def persist_periodically(self) -> None:
+        while True:
+            await trio.sleep(PERSIST_S)
+            for file in list(self._open.values()):
+                try:
+                    self.persist(file)
+                except Exception:
+                    log.exception("size not stored, will try again", ino=file.ino)
+                await trio.lowlevel.checkpoint()
+            for file in list(self._lingering.values()):
+                if file.ino in self._lingering:
+                    try:
+                        await self._let_go(file)
+                    except Exception:
+                        log.exception("size not stored", ino=file.ino)
+
+    async def reclaim_removed(self) -> None:
+        async for ino, size in self._receive:
+            try:
+                await self.data.delete(ino, size)
+                self.tree.reclaim(ino)
+            except Exception:
+                log.exception("removed file's data not dropped; the next mount does it", ino=ino)
+
+    async def recover(self) -> None:
+        """Finishes truncations and removals that a crash or an unmount interrupted. Before anything is served."""
+        while trims := self.tree.trims():
+            for ino, trim in trims:
+                self.data.inode_open(ino, trim.upto)
+                try:
+                    await self.data.truncate(ino, trim.keep)
+                finally:
+                    self.data.inode_close(ino)
+                self.tree.trimmed(ino)
+        after = 0
+        while orphans := self.tree.orphans(after):
+            for ino, _ in orphans:
+                after = ino
+                with contextlib.suppress(FileNotFoundError):
+                    await self.data.delete(ino, self.tree.getattr(ino).size)
+                    self.tree.reclaim(ino)
+
+    def persist_all(self) -> None:
+        for file in [*self._open.values(), *self._lingering.values()]:
+            try:
+                self.persist(file)
+            except Exception:
+                log.exception("size not stored", ino=file.ino)

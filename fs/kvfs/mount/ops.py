@@ -1,0 +1,376 @@
+"""The mount's FUSE operations: POSIX tree here, everything below `/.kvfs` in `blocks`.
+
+The kernel checks permissions (default_permissions) and applies the umask. It also says where an O_APPEND write goes:
+a page dirtied through mmap may come in over an O_APPEND handle, so the offset of a write is never second-guessed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pyfuse3
+from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ModeT, XAttrNameT
+
+from kvfs.dataplane import DataPlane
+from kvfs.meta.errors import FsError
+from kvfs.meta.schema import MAX_NAME, Inode
+from kvfs.meta.tree import Tree
+
+from .attrs import BLOCK_SIZE, attributes, guarded
+from .blocks import VIEW_BIT, VIEW_NAME, BlockHandle, BlockView, ViewDir
+from .files import OpenFile, OpenFiles
+
+READDIR_PAGE: Final = 128
+MAX_HANDLES: Final = 1 << 20
+
+
+@dataclass(slots=True)
+class FileHandle:
+    file: OpenFile
+
+
+@dataclass(slots=True)
+class DirHandle:
+    ino: int
+
+
+Handle = FileHandle | DirHandle | BlockHandle | ViewDir
+
+
+class MountOps(pyfuse3.Operations):
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, tree: Tree, data: DataPlane, view: BlockView) -> None:
+        super().__init__()
+        self.tree = tree
+        self.data = data
+        self.view = view
+        self.files = OpenFiles(tree, data)
+        self._handles: dict[int, Handle] = {}
+        self._last_handle = 0
+        self._open_dirs: dict[int, int] = {}
+        self._removed_dirs: set[int] = set()
+
+    # -- handles
+
+    def _add(self, handle: Handle) -> FileHandleT:
+        self._last_handle += 1
+        self._handles[self._last_handle] = handle
+        return FileHandleT(self._last_handle)
+
+    def _check_handles(self) -> None:
+        if len(self._handles) >= MAX_HANDLES:
+            raise FsError(errno.ENFILE)
+
+    def _handle(self, fh: int) -> Handle:
+        handle = self._handles.get(fh)
+        if handle is None:
+            raise FsError(errno.EBADF)
+        return handle
+
+    def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        return attributes(self.files.overlay(inode))
+
+    # -- names
+
+    @guarded
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if parent_inode & VIEW_BIT:
+            return await self.view.lookup(parent_inode, name)
+        if parent_inode == pyfuse3.ROOT_INODE and name == VIEW_NAME:
+            return self.view.root()
+        return self._entry(self.tree.lookup(parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            if ino & VIEW_BIT:
+                self.view.forget(ino, count)
+
+    @guarded
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        if inode & VIEW_BIT:
+            return self.view.getattr(inode)
+        return self._entry(self.tree.getattr(inode))
+
+    @guarded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        if inode & VIEW_BIT:
+            return self.view.setattr(inode, attr.st_size if fields.update_size else None)
+        if fields.update_size:
+            record = self.tree.getattr(inode)
+            if stat.S_ISREG(record.mode):
+                await self.files.resize(record, attr.st_size)
+            else:
+                self.tree.setattr(inode, size=attr.st_size)
+        file = self.files.find(inode)
+        if file is not None:
+            self.files.persist(file)
+        changed = self.tree.setattr(
+            inode,
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._entry(changed)
+
+    @guarded
+    async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
+        if inode & VIEW_BIT:
+            raise FsError(errno.EINVAL)
+        return FileNameT(self.tree.readlink(inode))
+
+    def _may_make(self, parent: int, name: bytes) -> None:
+        if parent & VIEW_BIT:
+            raise FsError(errno.EPERM)
+        if parent == pyfuse3.ROOT_INODE and name == VIEW_NAME:
+            raise FsError(errno.EEXIST)
+
+    def _may_remove(self, parent: int, name: bytes) -> None:
+        if parent & VIEW_BIT or (parent == pyfuse3.ROOT_INODE and name == VIEW_NAME):
+            raise FsError(errno.EPERM)
+
+    @guarded
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._may_make(parent_inode, name)
+        return self._entry(self.tree.mknod(parent_inode, name, mode, ctx.uid, ctx.gid, rdev=rdev))
+
+    @guarded
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if parent_inode & VIEW_BIT:
+            return self.view.mkdir(parent_inode, name)
+        self._may_make(parent_inode, name)
+        return self._entry(self.tree.mkdir(parent_inode, name, mode, ctx.uid, ctx.gid))
+
+    @guarded
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._may_make(parent_inode, name)
+        return self._entry(self.tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+
+    @guarded
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        if inode & VIEW_BIT:
+            raise FsError(errno.EPERM)
+        self._may_make(new_parent_inode, new_name)
+        return self._entry(self.tree.link(inode, new_parent_inode, new_name))
+
+    async def _gone(self, inode: Inode) -> None:
+        if inode.nlink:
+            return
+        if stat.S_ISREG(inode.mode):
+            await self.files.removed(inode)
+        elif inode.ino in self._open_dirs:
+            self._removed_dirs.add(inode.ino)
+
+    @guarded
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        if parent_inode & VIEW_BIT:
+            await self.view.unlink(parent_inode, name)
+            return
+        self._may_remove(parent_inode, name)
+        await self._gone(self.tree.unlink(parent_inode, name))
+
+    @guarded
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
+        self._may_remove(parent_inode, name)
+        await self._gone(self.tree.rmdir(parent_inode, name, keep=self._open_dirs.__contains__))
+
+    @guarded
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        self._may_remove(parent_inode_old, name_old)
+        self._may_remove(parent_inode_new, name_new)
+        done = self.tree.rename(
+            parent_inode_old, name_old, parent_inode_new, name_new, flags, keep=self._open_dirs.__contains__
+        )
+        if done.other is not None:
+            await self._gone(done.other)
+
+    # -- files
+
+    @guarded
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        self._check_handles()
+        if parent_inode & VIEW_BIT:
+            handle, entry = await self.view.create(parent_inode, name, flags)
+            return pyfuse3.FileInfo(fh=self._add(handle), direct_io=True), entry
+        self._may_make(parent_inode, name)
+        inode = self.tree.create(parent_inode, name, mode, ctx.uid, ctx.gid)
+        file = self.files.acquire(inode)
+        return pyfuse3.FileInfo(fh=self._add(FileHandle(file))), self._entry(inode)
+
+    @guarded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        self._check_handles()
+        if inode & VIEW_BIT:
+            handle = self.view.open(inode, flags)
+            return pyfuse3.FileInfo(fh=self._add(handle), keep_cache=True)
+        record = self.tree.getattr(inode)
+        if not stat.S_ISREG(record.mode):
+            raise FsError(errno.EINVAL)
+        return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))))
+
+    @guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        handle = self._handle(fh)
+        if isinstance(handle, FileHandle):
+            return await self.data.read(handle.file.ino, off, size)
+        if isinstance(handle, BlockHandle):
+            return await self.view.read(handle, off, size)
+        raise FsError(errno.EISDIR)
+
+    @guarded
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        handle = self._handle(fh)
+        if isinstance(handle, FileHandle):
+            written = await self.data.write(handle.file.ino, off, buf)
+            self.files.wrote(handle.file)
+            return written
+        if isinstance(handle, BlockHandle):
+            return self.view.write(handle, off, buf)
+        raise FsError(errno.EBADF)
+
+    @guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        handle = self._handle(fh)
+        if isinstance(handle, FileHandle):
+            self.files.persist(handle.file)
+        elif isinstance(handle, BlockHandle):
+            await self.view.flush(handle)
+
+    @guarded
+    async def release(self, fh: FileHandleT) -> None:
+        handle = self._handles.pop(fh, None)
+        if isinstance(handle, FileHandle):
+            await self.files.release(handle.file)
+        elif isinstance(handle, BlockHandle):
+            self.view.release(handle)
+
+    @guarded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        handle = self._handle(fh)
+        if isinstance(handle, FileHandle):
+            await self.files.fsync(handle.file)
+        elif isinstance(handle, BlockHandle):
+            await self.view.fsync(handle)
+
+    # -- directories
+
+    @guarded
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        self._check_handles()
+        if inode & VIEW_BIT:
+            return self._add(await self.view.opendir(inode))
+        self._open_dirs[inode] = self._open_dirs.get(inode, 0) + 1
+        return self._add(DirHandle(inode))
+
+    @guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        handle = self._handle(fh)
+        if isinstance(handle, ViewDir):
+            await self.view.readdir(handle, start_id, token)
+            return
+        if not isinstance(handle, DirHandle):
+            raise FsError(errno.ENOTDIR)
+        cookie = start_id
+        while page := self.tree.readdir_plus(handle.ino, cookie, READDIR_PAGE):
+            for dentry, inode in page:
+                cookie = dentry.cookie
+                if not pyfuse3.readdir_reply(token, FileNameT(dentry.name), self._entry(inode), cookie):
+                    return
+
+    @guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        handle = self._handles.pop(fh, None)
+        if not isinstance(handle, DirHandle):
+            return
+        left = self._open_dirs[handle.ino] - 1
+        if left:
+            self._open_dirs[handle.ino] = left
+            return
+        del self._open_dirs[handle.ino]
+        if handle.ino in self._removed_dirs:
+            self._removed_dirs.discard(handle.ino)
+            self.tree.reclaim(handle.ino)
+
+    @guarded
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.files.sync()
+
+    # -- the rest
+
+    @guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        space = self.data.stats()
+        usage = self.tree.usage()
+        out = pyfuse3.StatvfsData()
+        out.f_bsize = out.f_frsize = BLOCK_SIZE
+        out.f_blocks = space["capacity_bytes"] // BLOCK_SIZE
+        out.f_bfree = out.f_bavail = space["free_bytes"] // BLOCK_SIZE
+        out.f_files = usage.files + (1 << 32)
+        out.f_ffree = out.f_favail = 1 << 32
+        out.f_namemax = MAX_NAME
+        return out
+
+    @guarded
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        if inode & VIEW_BIT:
+            raise FsError(errno.EPERM)
+        self.tree.setxattr(inode, name, value)
+
+    @guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
+        if inode & VIEW_BIT:
+            raise FsError(errno.ENODATA)
+        return self.tree.getxattr(inode, name)
+
+    @guarded
+    async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[XAttrNameT]:
+        if inode & VIEW_BIT:
+            return []
+        return [XAttrNameT(name) for name in self.tree.listxattr(inode)]
+
+    @guarded
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> None:
+        if inode & VIEW_BIT:
+            raise FsError(errno.EPERM)
+        self.tree.removexattr(inode, name)
+
+    @guarded
+    async def access(self, inode: InodeT, mode: ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        """Asked only without default_permissions."""
+        return os.geteuid() in (0, ctx.uid)

@@ -1,0 +1,50 @@
+"""A daemon for the mount's tests: `python daemon.py DIR MOUNT` serves DIR (made if new) until SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import trio
+
+from kvfs.dataplane import DataPlane
+from kvfs.meta import namespaces
+from kvfs.meta.schema import Namespace
+from kvfs.meta.sqlite import SqliteStore
+from kvfs.meta.tree import Tree
+from kvfs.mount import service
+from kvfs.node import Namespace as NodeNamespace
+from kvfs.node import Node, NodeConfig, format_store
+
+SIZE = 256 << 20
+
+
+async def main(directory: Path, point: Path) -> None:
+    data_file = directory / "chunks"
+    if not data_file.exists():
+        format_store(data_file, SIZE, segment_bytes=16 << 20, journal_bytes=8 << 20)
+    store = SqliteStore(directory / "meta.db")
+    tree = Tree(store)
+    async with Node.open(NodeConfig(data_file)) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:
+
+        def make_namespace(tenant: str, name: str) -> Namespace:
+            made = namespaces.create(store, tenant, name)
+            node.put_namespace(tenant, name, NodeNamespace(made.id))
+            return made
+
+        async def stop_on_signal() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(stop_on_signal)
+        await nursery.start(service.serve, point, tree, data, make_namespace)
+        print("mounted", flush=True)
+    store.close()
+
+
+if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    trio.run(main, Path(sys.argv[1]), Path(sys.argv[2]))

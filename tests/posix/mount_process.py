@@ -1,0 +1,81 @@
+"""A real node and mount in a subprocess of the test, and what the tests of the mount have in common."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvfs.mount import service
+
+DAEMON = Path(__file__).with_name("daemon.py")
+START_S = 20
+STOP_S = 20
+
+
+def fails(code: int) -> AbstractContextManager[object]:
+    """The block raises an OSError with this errno."""
+
+    @contextmanager
+    def check() -> Iterator[None]:
+        with pytest.raises(OSError, match="Errno") as raised:
+            yield
+        assert raised.value.errno == code, raised.value
+
+    return check()
+
+
+class Mounted:
+    """`root` is the mount; `stop`, `kill` and `start` are for tests of what survives."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "mnt"
+        self.data = directory / "data"
+        self.log = directory / "log"
+        self.data.mkdir()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(DAEMON), str(self.data), str(self.root)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+            )
+        self.process = process
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], START_S)
+        line = process.stdout.readline() if ready else b""
+        assert line == b"mounted\n", self.log.read_text()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(STOP_S)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(STOP_S)
+
+    def clean(self) -> None:
+        try:
+            if self.process is not None and self.process.poll() is None:
+                self.process.terminate()
+                try:
+                    self.process.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    self.kill()
+        finally:
+            service.unmount(self.root)
+            if self.process is not None and self.process.stdout is not None:
+                self.process.stdout.close()
