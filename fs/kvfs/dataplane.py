@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,10 +105,12 @@ class DataPlane:
 
     @staticmethod
     @asynccontextmanager
-    async def open(node: Node) -> AsyncIterator[DataPlane]:
+    async def open(node: Node) -> AsyncGenerator[DataPlane]:
         plane = DataPlane(node.handle)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(plane._reaper)
+            # Cancellation from outside must not end the reaper before the operations that it ends.
+            reaper = trio.CancelScope(shield=True)
+            nursery.start_soon(plane._reaper, reaper)
             try:
                 yield plane
             finally:
@@ -116,13 +118,14 @@ class DataPlane:
                 with trio.CancelScope(shield=True):
                     while plane._ops:
                         await trio.sleep(0.001)
-                nursery.cancel_scope.cancel()
+                reaper.cancel()
 
-    async def _reaper(self) -> None:
+    async def _reaper(self, scope: trio.CancelScope) -> None:
         fd: int = lib.kvfs_node_event_fd(self._node)
-        while True:
-            await trio.lowlevel.wait_readable(fd)
-            self._reap(0)
+        with scope:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                self._reap(0)
 
     def _reap(self, spin_ns: int) -> None:
         got: int = lib.kvfs_py_reap(self._node, self._cqes, REAP_BATCH, spin_ns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ class Node:
 
     @staticmethod
     @asynccontextmanager
-    async def open(config: NodeConfig) -> AsyncIterator[Node]:
+    async def open(config: NodeConfig) -> AsyncGenerator[Node]:
         node = await trio.to_thread.run_sync(Node.start, config)
         try:
             yield node

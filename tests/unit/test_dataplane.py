@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SIZE = 512 << 20
 
 
 @asynccontextmanager
-async def plane_on(data: Path) -> AsyncIterator[DataPlane]:
+async def plane_on(data: Path) -> AsyncGenerator[DataPlane]:
     async with Node.open(NodeConfig(data)) as node, DataPlane.open(node) as plane:
         yield plane
 
@@ -144,3 +144,22 @@ async def test_cancelled_operation_ends_first(data: Path) -> None:
             await plane.write(9, 0, bytes(8 << 20))
         assert plane.inode_size(9) == 8 << 20
         plane.inode_close(9)
+
+
+@pytest.mark.trio
+async def test_cancelled_from_outside_all_ends(data: Path) -> None:
+    """Operations under way when everything is cancelled still end, and so does the plane."""
+    ended: list[int] = []
+    with trio.move_on_after(10) as limit, trio.CancelScope() as scope:
+        async with plane_on(data) as plane, trio.open_nursery() as nursery:
+
+            async def one(i: int) -> None:
+                await plane.block_put(1, i.to_bytes(4, "big"), bytes(4 << 20), durable=True)
+                ended.append(i)
+
+            for i in range(8):
+                nursery.start_soon(one, i)
+            await trio.sleep(0)
+            scope.cancel()
+    assert not limit.cancelled_caught
+    assert sorted(ended) == list(range(8))
