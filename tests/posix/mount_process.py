@@ -6,7 +6,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def fails(code: int) -> AbstractContextManager[object]:
     """The block raises an OSError with this errno."""
 
     @contextmanager
-    def check() -> Iterator[None]:
+    def check() -> Generator[None]:
         with pytest.raises(OSError, match="Errno") as raised:
             yield
         assert raised.value.errno == code, raised.value

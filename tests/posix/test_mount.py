@@ -199,6 +199,22 @@ def test_fsynced_file_survives_a_kill(mounted: Mounted) -> None:
     assert os.listdir(mounted.root) == ["f"]
 
 
+def test_data_whose_size_was_lost_does_not_come_back(mounted: Mounted) -> None:
+    lost = os.open(mounted.root / "lost", os.O_RDWR | os.O_CREAT)
+    other = os.open(mounted.root / "other", os.O_RDWR | os.O_CREAT)
+    os.write(lost, b"x" * 3_000_000)
+    os.write(other, b"y")
+    os.fsync(other)
+    mounted.kill()
+    for fd in (lost, other):
+        with fails(errno.ENOTCONN):
+            os.close(fd)
+    mounted.start()
+    size = (mounted.root / "lost").stat().st_size
+    os.truncate(mounted.root / "lost", 4_000_000)
+    assert (mounted.root / "lost").read_bytes() == (b"x" * size).ljust(4_000_000, b"\0")
+
+
 def test_stops_while_a_file_is_open(mounted: Mounted) -> None:
     fd = os.open(mounted.root / "f", os.O_WRONLY | os.O_CREAT)
     os.write(fd, b"kept")

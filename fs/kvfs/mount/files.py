@@ -19,6 +19,8 @@ from kvfs.meta.tree import Tree
 from .attrs import log
 
 PERSIST_S: Final = 1.0
+FILE_CHUNK: Final = 64 << 10
+"""Bytes of a file in one chunk of the store (native: kFileChunk)."""
 RECLAIM_QUEUE: Final = 1024
 """Removed files whose data waits to be dropped; beyond that an unlink waits."""
 
@@ -175,6 +177,7 @@ class OpenFiles:
                 finally:
                     self.data.inode_close(ino)
                 self.tree.trimmed(ino)
+        await self._drop_unknown()
         after = 0
         while orphans := self.tree.orphans(after):
             for ino, _ in orphans:
@@ -182,6 +185,27 @@ class OpenFiles:
                 with contextlib.suppress(FileNotFoundError):
                     await self.data.delete(ino, self.tree.getattr(ino).size)
                     self.tree.reclaim(ino)
+
+    async def _drop_unknown(self) -> None:
+        """Data beyond the stored size, or of no file: written before a crash that the size did not survive.
+
+        It would come to light in the hole when the file grows again.
+        """
+        ends: dict[int, int] = {}
+        async for ino, number, length in self.data.file_scan():
+            ends[ino] = max(ends.get(ino, 0), number * FILE_CHUNK + length)
+        for ino, end in ends.items():
+            try:
+                size = self.tree.getattr(ino).size
+            except FileNotFoundError:
+                await self.data.delete(ino, end)
+                continue
+            if end > size:
+                self.data.inode_open(ino, end)
+                try:
+                    await self.data.truncate(ino, size)
+                finally:
+                    self.data.inode_close(ino)
 
     def persist_all(self) -> None:
         for file in [*self._open.values(), *self._lingering.values()]:
