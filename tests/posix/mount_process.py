@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -43,8 +44,17 @@ class Mounted:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """After a kill the kernel may hold the store's lock a little longer, until it has ended the killed one's I/O."""
+        until = time.monotonic() + START_S
+        while not self._start() and time.monotonic() < until:
+            assert "in use by another process" in self.log.read_text(), self.log.read_text()
+            time.sleep(0.1)
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+
+    def _start(self) -> bool:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, str(DAEMON), str(self.data), str(self.root)],
                 stdout=subprocess.PIPE,
@@ -54,8 +64,12 @@ class Mounted:
         self.process = process
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], START_S)
-        line = process.stdout.readline() if ready else b""
-        assert line == b"mounted\n", self.log.read_text()
+        if ready and process.stdout.readline() == b"mounted\n":
+            return True
+        process.kill()
+        process.wait(STOP_S)
+        process.stdout.close()
+        return False
 
     def stop(self) -> int:
         assert self.process is not None
