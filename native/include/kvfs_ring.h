@@ -15,7 +15,7 @@
 #define KVFS_RING_MAX_ENTRIES 4096u /* power of two; the CQ has the same number of entries */
 #define KVFS_KEY_MAX 32u            /* bytes of a block key in an SQE; longer keys are hashed by the client library */
 #define KVFS_VALUE_MAX (16u << 20)  /* bytes of one chunk */
-#define KVFS_IOV_INPROC 0xffffu     /* iov id of the daemon's own address space: accepted from the in-process ring only */
+#define KVFS_IOV_INPROC 0xffffu /* iov id of the daemon's own address space: accepted from the in-process ring only */
 
 /* Operations. Results: >= 0 as stated, else -errno. */
 enum kvfs_opcode {
@@ -32,37 +32,37 @@ enum kvfs_opcode {
   KVFS_OP_SCAN = 8,   /* list a namespace: off = cursor (0 starts), len = room in iov; packs struct kvfs_scan_entry
                          records; result = bytes packed, 0 = end. The next cursor is the last record's `cursor`. */
   /* Below: the in-process ring of the daemon only (anything else gets -EPERM). `handle` is unused; key/off name things. */
-  KVFS_OP_INODE_READ = 32,     /* off, len of inode `ino` (first 8 bytes of key) */
+  KVFS_OP_INODE_READ = 32, /* off, len of inode `ino` (first 8 bytes of key) */
   KVFS_OP_INODE_WRITE = 33,
   KVFS_OP_INODE_TRUNCATE = 34, /* off = new size */
   KVFS_OP_INODE_FSYNC = 35,
-  KVFS_OP_INODE_DELETE = 36,   /* drop all chunks of the inode; off = its size in bytes (bounds the search) */
-  KVFS_OP_INODE_SCAN = 37,     /* every file chunk in the store, as kvfs_scan_entry (fsck, recovery) */
-  KVFS_OP_SYNC = 38,           /* everything acknowledged so far becomes durable */
+  KVFS_OP_INODE_DELETE = 36, /* drop all chunks of the inode; off = its size in bytes (bounds the search) */
+  KVFS_OP_INODE_SCAN = 37,   /* every file chunk in the store, as kvfs_scan_entry (fsck, recovery) */
+  KVFS_OP_SYNC = 38,         /* everything acknowledged so far becomes durable */
   KVFS_OP_CHECKPOINT = 39,
-  KVFS_OP_NS_DELETE = 40,      /* drop every block of namespace id `handle` */
+  KVFS_OP_NS_DELETE = 40, /* drop every block of namespace id `handle` */
 };
 /* The in-process ring uses GET/PUT/EXISTS/EVICT/SCAN with handle = namespace id (u32), no registration needed. */
 
 /* SQE flags */
-#define KVFS_SQE_DURABLE 0x01u  /* PUT/WRITE/EVICT: complete only once it would survive power loss */
-#define KVFS_SQE_FUSE 0x02u     /* in-process only: this read fills the kernel's page cache */
-#define KVFS_SQE_NOTOUCH 0x04u  /* do not count this access for eviction */
+#define KVFS_SQE_DURABLE 0x01u /* PUT/WRITE/EVICT: complete only once it would survive power loss */
+#define KVFS_SQE_FUSE 0x02u    /* in-process only: this read fills the kernel's page cache */
+#define KVFS_SQE_NOTOUCH 0x04u /* do not count this access for eviction */
 
 struct kvfs_sqe { /* 128 bytes, two cache lines; file operations use only the first */
   uint8_t opcode;
   uint8_t flags;
-  uint16_t iov;      /* id from iov registration */
-  uint32_t handle;   /* namespace or file handle */
+  uint16_t iov;    /* id from iov registration */
+  uint32_t handle; /* namespace or file handle */
   uint64_t user_data;
-  uint64_t iov_off;  /* byte offset in the iov (or the address, for KVFS_IOV_INPROC) */
-  uint64_t off;      /* file offset, or first byte of the value */
+  uint64_t iov_off; /* byte offset in the iov (or the address, for KVFS_IOV_INPROC) */
+  uint64_t off;     /* file offset, or first byte of the value */
   uint32_t len;
-  uint8_t key_len;   /* 1..32; 33 = the key is the 32-byte hash of a longer one (the "long key" kind) */
-  uint8_t rsv0[3];   /* must be 0 */
-  uint8_t rsv1[24];  /* must be 0 */
-  uint8_t key[32];   /* unused tail must be 0 */
-  uint8_t rsv2[32];  /* must be 0 */
+  uint8_t key_len;  /* 1..32; 33 = the key is the 32-byte hash of a longer one (the "long key" kind) */
+  uint8_t rsv0[3];  /* must be 0 */
+  uint8_t rsv1[24]; /* must be 0 */
+  uint8_t key[32];  /* unused tail must be 0 */
+  uint8_t rsv2[32]; /* must be 0 */
 };
 
 struct kvfs_cqe { /* 16 bytes */
@@ -72,10 +72,10 @@ struct kvfs_cqe { /* 16 bytes */
 
 struct kvfs_scan_entry { /* 64 bytes */
   uint64_t cursor;
-  uint64_t length;   /* bytes of the value or chunk */
-  uint32_t mtime;    /* seconds since 1970 */
+  uint64_t length; /* bytes of the value or chunk */
+  uint32_t mtime;  /* seconds since 1970 */
   uint32_t version;
-  uint8_t key_len;   /* as in the SQE */
+  uint8_t key_len; /* as in the SQE */
   uint8_t rsv[7];
   uint8_t key[32];
 };
@@ -85,8 +85,8 @@ struct kvfs_ring_hdr {
   /* line 0: constant after creation */
   uint64_t magic;
   uint32_t version;
-  uint32_t entries;     /* power of two */
-  uint32_t sqe_off;     /* byte offset of the SQE array: 4096 */
+  uint32_t entries; /* power of two */
+  uint32_t sqe_off; /* byte offset of the SQE array: 4096 */
   uint32_t cqe_off;
   uint8_t rsv0[40];
   /* line 1: written by the client */
@@ -98,7 +98,7 @@ struct kvfs_ring_hdr {
   uint8_t rsv2[56];
   /* line 3: written by the daemon; cq_tail is also the futex word the client sleeps on (shared futex) */
   uint32_t cq_tail;
-  uint32_t broken;       /* non-zero errno: the daemon has given this ring up */
+  uint32_t broken; /* non-zero errno: the daemon has given this ring up */
   uint8_t rsv3[56];
   /* line 4: written by the client */
   uint32_t cq_head;

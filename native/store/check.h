@@ -5,10 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define KVFS_CHECK(cond)                                                                       \
-  do {                                                                                         \
-    if (__builtin_expect(!(cond), 0)) {                                                        \
-      std::fprintf(stderr, "kvfs: %s:%d: check failed: %s\n", __FILE__, __LINE__, #cond);      \
-      std::abort();                                                                            \
-    }                                                                                          \
+#define KVFS_CHECK(cond)                                                                  \
+  do {                                                                                    \
+    if (__builtin_expect(!(cond), 0)) {                                                   \
+      std::fprintf(stderr, "kvfs: %s:%d: check failed: %s\n", __FILE__, __LINE__, #cond); \
+      std::abort();                                                                       \
+    }                                                                                     \
   } while (0)

@@ -22,19 +22,20 @@ struct Io {
   enum class Op : uint8_t { Read, Write, Flush };
   Op op = Op::Read;
   MemRef mem;
-  uint32_t len = 0;   // bytes; multiple of Device::align()
-  uint64_t off = 0;   // bytes from the device's start; multiple of Device::align()
-  int32_t result = 0; // 0 = whole transfer done (short transfers are retried or turned into -EIO by the device), else -errno
+  uint32_t len = 0;  // bytes; multiple of Device::align()
+  uint64_t off = 0;  // bytes from the device's start; multiple of Device::align()
+  int32_t result =
+      0;  // 0 = whole transfer done (short transfers are retried or turned into -EIO by the device), else -errno
   IoDone done = nullptr;
   void* owner = nullptr;
-  Io* next = nullptr; // free for the owner while idle; the device's while in flight
+  Io* next = nullptr;  // free for the owner while idle; the device's while in flight
 };
 
 class Device {
  public:
   virtual ~Device() = default;
-  virtual uint64_t size() const = 0;  // bytes
-  virtual uint32_t align() const = 0; // logical block: 512 or 4096; offsets and lengths are multiples
+  virtual uint64_t size() const = 0;   // bytes
+  virtual uint32_t align() const = 0;  // logical block: 512 or 4096; offsets and lengths are multiples
   // True if memory at `p` can be transferred directly (DMA alignment); otherwise the store bounces it.
   virtual bool mem_ok(const void* p) const = 0;
   // A write is durable once it has completed and a Flush submitted after that completion has completed.

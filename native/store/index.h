@@ -107,16 +107,16 @@ class Index {
   uint64_t seed_;
   uint32_t size_ = 0;
   uint32_t high_ = 0;
-  uint32_t cursor_ = 1;          // where the search for a free id goes on
+  uint32_t cursor_ = 1;  // where the search for a free id goes on
   uint64_t free_ids_ = 0;
-  uint32_t level_mask_;          // 2^level - 1
-  uint32_t buckets_;             // 2^level <= buckets_ < 2^(level+1)
+  uint32_t level_mask_;  // 2^level - 1
+  uint32_t buckets_;     // 2^level <= buckets_ < 2^(level+1)
   Arena slab_arena_, seg_arena_;
   std::vector<Entry*> slabs_;
   std::vector<std::unique_ptr<Bitmap>> bitmaps_;
   std::vector<uint64_t> slab_free_;  // one bit per slab: it has a free id
   std::vector<uint32_t*> segs_;
-  std::vector<Prefix> prefixes_;     // [0] unused
+  std::vector<Prefix> prefixes_;  // [0] unused
   std::vector<uint16_t> prefix_free_;
   std::unordered_map<uint64_t, uint16_t> prefix_of_;
 };

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "store_impl.h"
 
@@ -27,6 +28,7 @@ bool sane(const Record& r, const Geometry& geo) {
   if (r.key.kind != Kind::Block && r.key.kind != Kind::File) return false;
   if (r.type == Record::kDelete) return true;
   const uint64_t off = r.loc * 512;
+  if (r.key.kind == Kind::File && (r.length > kFileChunk || r.key.rsv[0] != 0)) return false;
   return r.length >= 1 && r.length <= kMaxChunk && r.loc < Entry::kMaxLoc && off >= geo.data_off() &&
          off < geo.segment_off(geo.segments) && r.key.rsv[0] < kMaxPieces && r.slot_class < kSizeClasses &&
          class_bytes(r.slot_class) >= std::min(r.length, kPieceMax);
@@ -64,12 +66,14 @@ Status StoreImpl::load_super() {
   geo_.segment_bytes = super_.segment_bytes;
   geo_.segments = super_.segments;
   geo_.journal_bytes = super_.journal_bytes;
-  const bool sane = super_.segment_bytes >= (1u << 20) && super_.segment_bytes <= (64u << 20) && super_.segments >= 4 &&
-                    super_.segments <= (1u << 23) && super_.journal_bytes >= (1u << 20) &&
-                    super_.journal_bytes <= (1u << 30) && super_.journal_bytes % kBlock == 0 &&
-                    super_.checkpoint_segments <= kMaxCheckpointSegments &&
-                    super_.checkpoint_pages <= uint64_t{super_.checkpoint_segments} * geo_.pages_per_segment() &&
-                    geo_.segment_off(super_.segments) <= super_.size;
+  const bool sane =
+      super_.segment_bytes >= (1u << 20) && super_.segment_bytes <= (64u << 20) &&
+      std::has_single_bit(super_.segment_bytes) && super_.segments >= 4 && super_.segments <= (1u << 23) &&
+      super_.journal_bytes >= (1u << 20) && super_.journal_bytes <= (1u << 30) && super_.journal_bytes % kBlock == 0 &&
+      super_.journal_start % kBlock == 0 && super_.journal_start < UINT64_MAX / 2 && super_.start_seq >= 1 &&
+      super_.start_seq < UINT64_MAX / 2 && super_.checkpoint_segments <= kMaxCheckpointSegments &&
+      super_.checkpoint_pages <= uint64_t{super_.checkpoint_segments} * geo_.pages_per_segment() &&
+      geo_.segment_off(super_.segments) <= super_.size;
   if (!sane) return {EUCLEAN, "the superblock's numbers contradict each other"};
   if (super_.size > dev_.size())
     return {EUCLEAN,
@@ -232,7 +236,20 @@ Status StoreImpl::claim_all() {
     const uint8_t cls = segment_class_[alloc_->segment_of(off)];
     if (len > class_bytes(cls) || !alloc_->claim(off, cls))
       return {EUCLEAN, "two chunks claim the same space, or one lies outside the data area"};
-    if (key.rsv[0] != 0) continue;
+    // A chunk's pieces are all there, each of its full length, and none is without its chunk.
+    ChunkKey other = key;
+    if (key.rsv[0] != 0) {
+      other.rsv[0] = 0;
+      const Entry* head = index_.find(other);
+      const uint64_t at = uint64_t{key.rsv[0]} * kPieceMax;
+      if (!head || head->len() <= at || e.len() != std::min<uint64_t>(head->len() - at, kPieceMax))
+        return {EUCLEAN, "a piece of a chunk has no chunk or the wrong length"};
+      continue;
+    }
+    for (uint32_t k = 1; k * kPieceMax < e.len(); k++) {
+      other.rsv[0] = static_cast<uint8_t>(k);
+      if (!index_.find(other)) return {EUCLEAN, "a chunk lacks a piece"};
+    }
     st_.chunks++;
     (key.kind == Kind::Block ? st_.block_chunks : st_.file_chunks)++;
     st_.data_bytes += e.len();

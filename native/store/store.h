@@ -12,9 +12,9 @@
 
 namespace kvfs {
 
-constexpr uint32_t kMaxChunk = 16u << 20;      // bytes
-constexpr uint32_t kFileChunk = 64u << 10;     // bytes of a file's chunk
-constexpr uint32_t kSubBlockMin = 4u << 10;    // smallest checksum unit of chunks above 8 KiB
+constexpr uint32_t kMaxChunk = 16u << 20;    // bytes
+constexpr uint32_t kFileChunk = 64u << 10;   // bytes of a file's chunk
+constexpr uint32_t kSubBlockMin = 4u << 10;  // smallest checksum unit of chunks above 8 KiB
 
 enum class Kind : uint8_t { Block = 1, File = 2 };
 
@@ -35,19 +35,19 @@ using RequestDone = void (*)(Request*);
 
 struct Request {
   enum class Op : uint8_t {
-    Get,       // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
-    Put,       // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
-    Write,     // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion; buffered
-               // in the write-back cache unless Durable. result = len
-    Truncate,  // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
-    Delete,    // 0 or -ENOENT
-    Flush,     // file chunks of inode key.id[0..8): write-back + journal + barrier. 0
-    Sync,      // everything acknowledged so far. 0
-    Checkpoint // 0
+    Get,        // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
+    Put,        // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
+    Write,      // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion; buffered
+                // in the write-back cache unless Durable. result = len
+    Truncate,   // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
+    Delete,     // 0 or -ENOENT
+    Flush,      // file chunks of inode key.id[0..8): write-back + journal + barrier. 0
+    Sync,       // everything acknowledged so far. 0
+    Checkpoint  // 0
   };
-  static constexpr uint8_t kDurable = 1;  // complete only when it survives power loss
-  static constexpr uint8_t kNoTouch = 2;  // not an access for eviction
-  static constexpr uint8_t kEvictable = 4; // Put: belongs to a cache namespace
+  static constexpr uint8_t kDurable = 1;    // complete only when it survives power loss
+  static constexpr uint8_t kNoTouch = 2;    // not an access for eviction
+  static constexpr uint8_t kEvictable = 4;  // Put: belongs to a cache namespace
   Op op = Op::Get;
   uint8_t flags = 0;
   ChunkKey key;
@@ -57,8 +57,8 @@ struct Request {
   int64_t result = 0;
   RequestDone done = nullptr;
   void* owner = nullptr;
-  Request* next = nullptr;       // the owner's while idle, the store's while submitted
-  alignas(8) uint8_t priv[64];   // the store's scratch
+  Request* next = nullptr;      // the owner's while idle, the store's while submitted
+  alignas(8) uint8_t priv[64];  // the store's scratch
 };
 
 struct ChunkInfo {
@@ -69,35 +69,35 @@ struct ChunkInfo {
 };
 
 struct FormatOptions {
-  uint64_t size = 0;            // bytes to use; 0 = whole device
-  uint32_t segment_bytes = 0;   // 0 = chosen from size: power of two, 1..16 MiB
-  uint64_t journal_bytes = 0;   // 0 = chosen: size/64 clamped to [4 MiB, 64 MiB]
+  uint64_t size = 0;           // bytes to use; 0 = whole device
+  uint32_t segment_bytes = 0;  // 0 = chosen from size: power of two, 1..16 MiB
+  uint64_t journal_bytes = 0;  // 0 = chosen: size/64 clamped to [4 MiB, 64 MiB]
 };
 
 struct StoreOptions {
-  uint64_t memory_bytes = 64u << 20;   // DRAM tier of hot pages (0 = off)
-  uint64_t dirty_bytes = 64u << 20;    // bound of the write-back cache
-  bool verify = true;                  // check XXH3 on every device read
-  double high_watermark = 0.95;        // fraction of data space where eviction of cache blocks starts
+  uint64_t memory_bytes = 64u << 20;  // DRAM tier of hot pages (0 = off)
+  uint64_t dirty_bytes = 64u << 20;   // bound of the write-back cache
+  bool verify = true;                 // check XXH3 on every device read
+  double high_watermark = 0.95;       // fraction of data space where eviction of cache blocks starts
   double low_watermark = 0.92;
-  uint32_t lazy_ms = 500;              // a lazy operation is on stable storage within this time
+  uint32_t lazy_ms = 500;  // a lazy operation is on stable storage within this time
   uint32_t max_inflight_io = 256;
-  bool read_only = false;              // fsck: recover in memory, write nothing
+  bool read_only = false;  // fsck: recover in memory, write nothing
 };
 
 struct StoreStats {
   uint64_t chunks, block_chunks, file_chunks;
-  uint64_t data_bytes;        // sum of chunk lengths
-  uint64_t slot_bytes;        // sum of the slots that hold them
-  uint64_t capacity_bytes;    // all segments
-  uint64_t free_bytes;        // free segments + free slots
+  uint64_t data_bytes;      // sum of chunk lengths
+  uint64_t slot_bytes;      // sum of the slots that hold them
+  uint64_t capacity_bytes;  // all segments
+  uint64_t free_bytes;      // free segments + free slots
   uint64_t free_segments, total_segments;
-  uint64_t index_bytes;       // memory of the index, all of it
+  uint64_t index_bytes;  // memory of the index, all of it
   uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;
-  uint64_t mem_hits, mem_bytes;        // DRAM tier
+  uint64_t mem_hits, mem_bytes;                                         // DRAM tier
   uint64_t journal_groups, journal_bytes, checkpoints, flushes, moves;  // moves: chunks relocated by defragmentation
-  uint64_t dirty_bytes;       // write-back cache
-  uint64_t bytes_read, bytes_written;  // of users
+  uint64_t dirty_bytes;                                                 // write-back cache
+  uint64_t bytes_read, bytes_written;                                   // of users
 };
 
 // Errors of open/format: errno plus one sentence for people.

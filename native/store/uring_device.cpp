@@ -18,11 +18,11 @@
 namespace kvfs {
 namespace {
 
-constexpr uint32_t kMaxRetries = 64;    // of one operation, after EAGAIN or EINTR
-constexpr unsigned kMaxPasses = 16;     // over the completion queue in one call
-constexpr unsigned kBatch = 128;        // completions per pass
+constexpr uint32_t kMaxRetries = 64;                          // of one operation, after EAGAIN or EINTR
+constexpr unsigned kMaxPasses = 16;                           // over the completion queue in one call
+constexpr unsigned kBatch = 128;                              // completions per pass
 constexpr uint64_t kTagPoll = 1, kTagNone = 2, kTagMask = 3;  // low bits of user_data; 0: an Op
-constexpr unsigned kPollBits = 12;      // of a poll handle: index; above: generation
+constexpr unsigned kPollBits = 12;                            // of a poll handle: index; above: generation
 constexpr uint32_t kGenMask = (1u << (31 - kPollBits)) - 1;
 static_assert(1u << kPollBits == Uring::kPolls);
 

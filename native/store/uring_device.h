@@ -18,9 +18,9 @@ namespace kvfs {
 class UringDevice;
 
 struct UringOptions {
-  unsigned entries = 256;        // device operations in the kernel at once, all devices together; more wait in a list
-  bool single_issuer = true;     // false: another thread than the creating one may use it (one at a time)
-  bool defer_taskrun = false;    // with single_issuer: completions run only inside submit_and_wait
+  unsigned entries = 256;      // device operations in the kernel at once, all devices together; more wait in a list
+  bool single_issuer = true;   // false: another thread than the creating one may use it (one at a time)
+  bool defer_taskrun = false;  // with single_issuer: completions run only inside submit_and_wait
 };
 
 class Uring {
@@ -60,7 +60,7 @@ class Uring {
   };
   struct Poll {
     int fd = -1;
-    uint32_t gen = 0;  // of the handle's user, so that a late event of the last one is dropped
+    uint32_t gen = 0;    // of the handle's user, so that a late event of the last one is dropped
     bool live = false;   // somebody wants events
     bool armed = false;  // the kernel has a request of this generation
     PollReady ready = nullptr;
@@ -96,7 +96,7 @@ class Uring {
 };
 
 struct DeviceOptions {
-  uint64_t create_bytes = 0;    // regular file: create if absent or empty, of this size; 0 = must exist
+  uint64_t create_bytes = 0;  // regular file: create if absent or empty, of this size; 0 = must exist
   bool read_only = false;
   bool allow_buffered = false;  // tests on file systems without O_DIRECT (tmpfs): go through the page cache
 };

@@ -52,8 +52,8 @@ TEST(Index, RandomOperationsMatchAModel) {
   std::unordered_map<ChunkKey, Model, Hash> model;
   uint64_t universe = 20000;
   for (int step = 0; step < 1'500'000; ++step) {
-    if (step == 500'000) universe = 200'000;   // grow over many splits
-    if (step == 1'000'000) universe = 3'000;   // then mostly the same few keys
+    if (step == 500'000) universe = 200'000;  // grow over many splits
+    if (step == 1'000'000) universe = 3'000;  // then mostly the same few keys
     const uint64_t n = rng.below(universe);
     const ChunkKey key = n % 3 == 0 ? file_key(n / 100, n % 100) : key_for(n, static_cast<uint32_t>(n % 50));
     const auto it = model.find(key);
@@ -150,9 +150,15 @@ TEST(Index, EntryFieldsDoNotDisturbEachOther) {
   const uint64_t masks[4] = {Entry::kSealed, Entry::kEvictable, Entry::kMain, Entry::kSpare};
   for (int i = 0; i < 100'000; ++i) {
     switch (rng.below(4)) {
-      case 0: e.set_loc(loc = rng.below(Entry::kMaxLoc)); break;
-      case 1: e.set_len(len = 1 + static_cast<uint32_t>(rng.below(1u << 24))); break;
-      case 2: e.set_freq(freq = static_cast<uint32_t>(rng.below(4))); break;
+      case 0:
+        e.set_loc(loc = rng.below(Entry::kMaxLoc));
+        break;
+      case 1:
+        e.set_len(len = 1 + static_cast<uint32_t>(rng.below(1u << 24)));
+        break;
+      case 2:
+        e.set_freq(freq = static_cast<uint32_t>(rng.below(4)));
+        break;
       default: {
         const size_t f = rng.below(4);
         e.set_flag(masks[f], flags[f] = rng.below(2) == 1);

@@ -43,15 +43,15 @@ struct SimOptions {
   uint32_t align = 4096;     // 512 or 4096
   uint32_t mem_align = 512;  // of mem_ok
   uint64_t seed = 1;
-  bool record = true;        // keep the trace (the data of all writes)
+  bool record = true;  // keep the trace (the data of all writes)
 };
 
 struct SimFault {
   Io::Op op = Io::Op::Write;
-  uint64_t skip = 0;           // this many operations of the kind pass first (counted from add_fault, at submission)
-  uint64_t count = 1;          // then this many fail (UINT64_MAX: all)
-  int err = 5;                 // errno they fail with
-  bool partial = false;        // a write changes some of its sectors before it fails (a short transfer)
+  uint64_t skip = 0;     // this many operations of the kind pass first (counted from add_fault, at submission)
+  uint64_t count = 1;    // then this many fail (UINT64_MAX: all)
+  int err = 5;           // errno they fail with
+  bool partial = false;  // a write changes some of its sectors before it fails (a short transfer)
 };
 
 class SimDevice final : public Device {
@@ -61,12 +61,16 @@ class SimDevice final : public Device {
   struct Event {
     enum class What : uint8_t { WriteStart, WriteDone, FlushStart, FlushDone };
     What what;
-    bool ok = true;           // Done: succeeded
-    size_t start = 0;         // Done: index of its Start event
-    uint64_t off = 0;         // WriteStart
+    bool ok = true;                                    // Done: succeeded
+    size_t start = 0;                                  // Done: index of its Start event
+    uint64_t off = 0;                                  // WriteStart
     std::shared_ptr<const std::vector<uint8_t>> data;  // WriteStart
   };
-  enum class Fate : uint8_t { Lost, Whole, Torn };  // of a write that is not durable; Torn: a random set of 512-byte sectors
+  enum class Fate : uint8_t {
+    Lost,
+    Whole,
+    Torn
+  };  // of a write that is not durable; Torn: a random set of 512-byte sectors
 
   explicit SimDevice(const SimOptions& opt);
   SimDevice(const SimOptions& opt, SimImage image);  // starts from these contents (a crash image)
@@ -84,13 +88,13 @@ class SimDevice final : public Device {
   void clear_faults();
   void fail_writes_after(uint64_t n, int err);  // the device is gone: writes and flushes after the next n writes fail
 
-  SimImage& image() { return image_; }           // what a reader sees now
+  SimImage& image() { return image_; }  // what a reader sees now
   const std::vector<Event>& trace() const { return trace_; }
   // Forgets the past: contents now count as durable. Nothing in flight.
   void reset_trace();
   // Crash after the first n events (0..trace().size()): indexes of the writes whose fate is open.
   std::vector<size_t> open_writes(size_t n) const;
-  SimImage crash_image(size_t n, Rng& rng) const;                             // random fates
+  SimImage crash_image(size_t n, Rng& rng) const;                                  // random fates
   SimImage crash_image(size_t n, const std::vector<Fate>& fates, Rng& rng) const;  // one fate per open_writes(n)
 
   uint64_t reads() const { return reads_; }

@@ -30,8 +30,9 @@ struct Buffer {
 };
 
 uint64_t now_ms() {
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(
-                                   std::chrono::steady_clock::now().time_since_epoch()).count());
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch())
+          .count());
 }
 
 class UringDeviceTest : public testing::Test {
@@ -329,11 +330,14 @@ TEST_F(UringDeviceTest, AnEpollSetWakesTheWaiterOnEveryRing) {
     ev.events = EPOLLIN | EPOLLET;
     ASSERT_EQ(epoll_ctl(set.fd, EPOLL_CTL_ADD, b.fd, &ev), 0);
   }
-  const int h = ring_->add_poll(set.fd, [](void* o, uint32_t) {
-    epoll_event ev[8];
-    auto* s = static_cast<Set*>(o);
-    s->events += epoll_wait(s->fd, ev, 8, 0);
-  }, &set);
+  const int h = ring_->add_poll(
+      set.fd,
+      [](void* o, uint32_t) {
+        epoll_event ev[8];
+        auto* s = static_cast<Set*>(o);
+        s->events += epoll_wait(s->fd, ev, 8, 0);
+      },
+      &set);
   ASSERT_GE(h, 0);
   std::atomic<int> seen{0};
   std::thread other([&] {
@@ -375,10 +379,13 @@ TEST_F(UringDeviceTest, ManyPollsAndADyingDescriptor) {
     uint32_t events = 0;
     int calls = 0;
   } seen;
-  const int bad = ring_->add_poll(9999, [](void* o, uint32_t ev) {
-    static_cast<Seen*>(o)->events = ev;
-    ++static_cast<Seen*>(o)->calls;
-  }, &seen);
+  const int bad = ring_->add_poll(
+      9999,
+      [](void* o, uint32_t ev) {
+        static_cast<Seen*>(o)->events = ev;
+        ++static_cast<Seen*>(o)->calls;
+      },
+      &seen);
   for (int i = 0; i < 5; ++i) ring_->submit_and_wait(1'000'000);
   EXPECT_EQ(seen.calls, 1);
   EXPECT_NE(seen.events & 0x20u, 0u);  // POLLNVAL
@@ -438,7 +445,8 @@ TEST(Uring, AllModesWork) {
     const int h = ring->add_poll(b.fd, Bell::ready, &b);
     for (int i = 1; i <= 10; ++i) {
       b.ring();
-      for (const uint64_t start = now_ms(); b.rung < i && now_ms() - start < 2000;) ring->submit_and_wait(0);  // never blocks
+      for (const uint64_t start = now_ms(); b.rung < i && now_ms() - start < 2000;)
+        ring->submit_and_wait(0);  // never blocks
       ASSERT_EQ(b.rung, i) << mode;
     }
     ring->remove_poll(h);

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import config, doctor
+from kvfs.cli import blocks, config, doctor, node, replay
 
 app = typer.Typer(
     name="kvfs",
@@ -17,6 +17,14 @@ app = typer.Typer(
 )
 app.command("config", epilog=config.EXAMPLES)(config.config)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("up", epilog=node.UP_EXAMPLES)(node.up)
+app.command("down", epilog=node.DOWN_EXAMPLES)(node.down)
+app.command("status", epilog=node.STATUS_EXAMPLES)(node.status)
+app.command("put", epilog=blocks.PUT_EXAMPLES)(blocks.put)
+app.command("get", epilog=blocks.GET_EXAMPLES)(blocks.get)
+app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)
+app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
+app.command("rm", epilog=blocks.RM_EXAMPLES)(blocks.rm)
 
 
 def _print_version(wanted: bool) -> None:

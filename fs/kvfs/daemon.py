@@ -1,0 +1,299 @@
+"""The embedded daemon of `kvfs up`: chunk store, metadata and mount of one data directory, in one process.
+
+Owns the data directory's layout and the admin socket, through which `kvfs status` and `kvfs down` talk to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from kvfs.config import Config
+from kvfs.dataplane import DataPlane
+from kvfs.meta import namespaces, schema
+from kvfs.meta.sqlite import SqliteStore
+from kvfs.meta.tree import Tree
+from kvfs.mount import service
+from kvfs.node import Namespace, Node, NodeConfig, format_store
+
+REQUEST_MAX: Final = 4096  # bytes of an admin request
+ADMIN_CLIENTS: Final = 16
+
+
+class DaemonError(Exception):
+    """The daemon cannot start or be reached; str() is one sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of a data directory."""
+
+    root: Path
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store.kvfs"
+
+    @property
+    def metadata(self) -> Path:
+        return self.root / "meta.db"
+
+    @property
+    def socket(self) -> Path:
+        return self.root / "kvfs.sock"
+
+    @property
+    def admin(self) -> Path:
+        return self.root / "admin.sock"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "daemon.log"
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    """What `kvfs status --json` prints."""
+
+    directory: str
+    mount: str
+    socket: str
+    pid: int
+    namespaces: list[str]
+    stats: dict[str, int]
+
+
+class AdminRequest(msgspec.Struct, frozen=True):
+    command: str
+
+
+class AdminAnswer(msgspec.Struct, frozen=True):
+    error: str = ""
+    status: StatusReport | None = None
+
+
+@contextlib.contextmanager
+def _exclusive(layout: Layout):
+    """One daemon per data directory, also after a crash: the kernel drops the lock with the process."""
+    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DaemonError(
+                f"{layout.root} is in use by another kvfs; see `kvfs status --dir {layout.root}`"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def _prepare(config: Config) -> Layout:
+    """Makes the directory and, the first time, an empty store."""
+    layout = Layout(config.dir.absolute())
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        raise DaemonError(f"{layout.root} cannot be made: {e.strerror}") from e
+    if len(os.fsencode(layout.socket)) > 100:
+        raise DaemonError(f"{layout.root} is too long a path for a socket in it: choose one below 90 bytes")
+    return layout
+
+
+def _format_if_new(layout: Layout, config: Config) -> None:
+    if layout.store.exists() and layout.store.stat().st_size > 0:
+        return
+    if layout.metadata.exists():
+        raise DaemonError(
+            f"{layout.store} is missing but {layout.metadata} is there: this is no complete data directory"
+        )
+    # Under another name first: an interrupted first start must not leave half a store.
+    new = layout.store.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    segment = 1 << 20
+    while segment < 16 << 20 and config.store.size // segment > 1024:
+        segment *= 2
+    journal = min(max(config.store.size // 64, 4 << 20), 64 << 20)
+    try:
+        format_store(new, config.store.size, segment_bytes=segment, journal_bytes=journal)
+    except OSError as e:
+        new.unlink(missing_ok=True)
+        raise DaemonError(f"a store of {config.store.size} bytes cannot be made in {layout.root}: {e.strerror}") from e
+    new.rename(layout.store)
+
+
+class Daemon:
+    """One running node with its metadata and mount."""
+
+    def __init__(self, layout: Layout, config: Config, node: Node, store: SqliteStore) -> None:
+        self.layout = layout
+        self.config = config
+        self.node = node
+        self.store = store
+        self.stop = trio.Event()
+        self.mounted = trio.Event()
+        for known in namespaces.list_all(store):
+            self._publish(known.tenant, known.name, known.namespace)
+
+    def _publish(self, tenant: str, name: str, found: schema.Namespace) -> Namespace:
+        made = Namespace(found.id, evictable=found.cls == schema.NamespaceClass.CACHE)
+        self.node.put_namespace(tenant, name, made)
+        return made
+
+    def make_namespace(self, tenant: str, name: str) -> schema.Namespace:
+        """Namespaces come into being when they are first opened, as caches."""
+        found = namespaces.get(self.store, tenant, name) or namespaces.create(self.store, tenant, name)
+        self._publish(tenant, name, found)
+        return found
+
+    async def _resolve(self, tenant: str, name: str, uid: int) -> Namespace:
+        del uid  # whom the socket admits may open any namespace until tenants have rights
+        return self._publish(tenant, name, self.make_namespace(tenant, name))
+
+    def status(self, data: DataPlane) -> StatusReport:
+        return StatusReport(
+            directory=str(self.layout.root),
+            mount=str(self.config.mount_point) if self.mounted.is_set() else "",
+            socket=str(self.layout.socket),
+            pid=os.getpid(),
+            namespaces=[f"{n.tenant}/{n.name}" for n in namespaces.list_all(self.store)],
+            stats=data.stats(),
+        )
+
+    async def run(self, *, started: trio.Event) -> None:
+        """Serves until stop is set, a signal comes, or somebody unmounts."""
+        tree = Tree(self.store, root_uid=os.geteuid(), root_gid=os.getegid())
+
+        def mounted(st_dev: int) -> None:
+            self.node.set_mount(st_dev)
+            self.mounted.set()
+            started.set()
+
+        async with DataPlane.open(self.node) as data, trio.open_nursery() as nursery:
+
+            async def serve_mount() -> None:
+                await service.serve(
+                    self.config.mount_point.absolute(), tree, data, self.make_namespace, mounted=mounted
+                )
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(serve_mount)
+            nursery.start_soon(self.node.serve_upcalls, self._resolve)
+            nursery.start_soon(self._serve_admin, data)
+            await self.stop.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _serve_admin(self, data: DataPlane) -> None:
+        self.layout.admin.unlink(missing_ok=True)
+        listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with listening:
+            old = os.umask(0o177)
+            try:
+                await listening.bind(str(self.layout.admin))
+            finally:
+                os.umask(old)
+            listening.listen(ADMIN_CLIENTS)
+            limit = trio.CapacityLimiter(ADMIN_CLIENTS)
+            async with trio.open_nursery() as nursery:
+                while True:
+                    client, _ = await listening.accept()
+                    nursery.start_soon(self._answer, client, limit, data)
+
+    async def _answer(self, client: trio.socket.SocketType, limit: trio.CapacityLimiter, data: DataPlane) -> None:
+        with client, contextlib.suppress(OSError, msgspec.DecodeError):
+            async with limit:
+                with trio.move_on_after(5):
+                    raw = await client.recv(REQUEST_MAX)
+                    request = msgspec.json.decode(raw, type=AdminRequest)
+                    match request.command:
+                        case "status":
+                            answer = AdminAnswer(status=self.status(data))
+                        case "stop":
+                            answer = AdminAnswer()
+                            self.stop.set()
+                        case other:
+                            answer = AdminAnswer(error=f"unknown command {other[:40]!r}")
+                    await client.send(msgspec.json.encode(answer))
+
+
+async def _signals(stop: trio.Event) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            stop.set()
+
+
+@asynccontextmanager
+async def _opened(config: Config) -> AsyncGenerator[Daemon]:
+    layout = _prepare(config)
+    with _exclusive(layout):
+        await trio.to_thread.run_sync(_format_if_new, layout, config)
+        layout.socket.unlink(missing_ok=True)
+        native = NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
+        async with Node.open(native) as node:
+            store = SqliteStore(layout.metadata)
+            try:
+                yield Daemon(layout, config, node, store)
+            finally:
+                store.close()
+    for left in (layout.socket, layout.admin):
+        left.unlink(missing_ok=True)
+
+
+async def main(config: Config, started: trio.Event) -> None:
+    """Runs the daemon of `config` until it is told to stop. `started` is set once the mount answers."""
+    try:
+        async with _opened(config) as daemon, trio.open_nursery() as nursery:
+            nursery.start_soon(_signals, daemon.stop)
+            await daemon.run(started=started)
+            nursery.cancel_scope.cancel()
+    except* service.MountError as group:
+        raise DaemonError(str(group.exceptions[0]).rstrip(".")) from None
+    except* OSError as group:
+        first = next(e for e in _leaves(group) if isinstance(e, OSError))
+        raise DaemonError(first.strerror or str(first)) from group
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for e in group.exceptions:
+        found += _leaves(e) if isinstance(e, BaseExceptionGroup) else [e]  # pyright: ignore[reportUnknownArgumentType]
+    return found
+
+
+def ask(directory: Path, command: str) -> AdminAnswer:
+    """One question to the daemon of a data directory; DaemonError if none runs there."""
+    layout = Layout(directory.absolute())
+    try:
+        if not stat.S_ISSOCK(layout.admin.stat().st_mode):
+            raise DaemonError(f"{layout.admin} is not a socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+            s.settimeout(10)
+            s.connect(str(layout.admin))
+            s.sendall(msgspec.json.encode(AdminRequest(command)))
+            s.shutdown(socket.SHUT_WR)
+            raw = b""
+            while part := s.recv(65536):
+                raw += part
+        return msgspec.json.decode(raw, type=AdminAnswer)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ECONNREFUSED):
+            raise DaemonError(f"no kvfs runs in {layout.root}; start it with `kvfs up --dir {layout.root}`") from None
+        raise DaemonError(f"the kvfs in {layout.root} does not answer: {e.strerror or e}") from e
+    except msgspec.DecodeError as e:
+        raise DaemonError(f"the kvfs in {layout.root} gave no valid answer") from e
