@@ -31,6 +31,7 @@ from kvfs.node import Namespace, Node, NodeConfig, format_store
 
 REQUEST_MAX: Final = 4096  # bytes of an admin request
 ADMIN_CLIENTS: Final = 16
+RELEASE_TRIES: Final = 200  # of 50 ms
 
 
 class DaemonError(Exception):
@@ -238,6 +239,20 @@ async def _signals(stop: trio.Event) -> None:
             stop.set()
 
 
+async def _released(layout: Layout) -> None:
+    """Waits until a daemon that was just killed has let go of the store: the kernel ends its io_uring a moment later."""
+    with open(layout.store, "rb") as store:
+        for _ in range(RELEASE_TRIES):
+            try:
+                fcntl.flock(store, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await trio.sleep(0.05)
+            else:
+                fcntl.flock(store, fcntl.LOCK_UN)
+                return
+    raise DaemonError(f"{layout.store} is in use by another process")
+
+
 @asynccontextmanager
 async def _opened(config: Config) -> AsyncGenerator[Daemon]:
     layout = _prepare(config)
@@ -245,6 +260,7 @@ async def _opened(config: Config) -> AsyncGenerator[Daemon]:
         await trio.to_thread.run_sync(_format_if_new, layout, config)
         layout.socket.unlink(missing_ok=True)
         native = NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
+        await _released(layout)
         async with Node.open(native) as node:
             store = SqliteStore(layout.metadata)
             try:

@@ -47,12 +47,14 @@ bool StoreImpl::move_piece(uint32_t id) {
   ChunkKey base = key;
   base.rsv[0] = 0;
   const uint32_t base_id = index_.id_of(base);
-  if (!base_id || locks_.contains(base)) {
+  // Pieces of a larger chunk are published together; recovery could not tell a lone one from a torn put.
+  const bool large = key.rsv[0] != 0 || index_.at(id).len() > kPieceMax;
+  if (large || !base_id || locks_.contains(base)) {
     drain_skipped_ = true;
     return true;
   }
   const Entry& e = index_.at(id);
-  const uint32_t len = key.rsv[0] == 0 ? std::min(e.len(), kPieceMax) : e.len();
+  const uint32_t len = e.len();
   const uint64_t off = alloc_->alloc(len, UINT32_MAX);  // never opens a new segment
   if (off == 0) return false;
   locks_.try_emplace(base);
@@ -84,7 +86,7 @@ bool StoreImpl::move_piece(uint32_t id) {
     if (w->err) return s->commit_move(w);
     s->write_piece(w->pieces[0], w->key, static_cast<uint8_t*>(w->merged));
   };
-  read_chunk(read, base_id, key.rsv[0] * kPieceMax, len, static_cast<uint8_t*>(op->merged), -1);
+  read_chunk(read, base_id, 0, len, static_cast<uint8_t*>(op->merged), -1);
   return true;
 }
 

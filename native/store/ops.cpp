@@ -332,7 +332,7 @@ void StoreImpl::write_merged(WriteOp* op) {
 // Allocates, checksums and writes the pieces of the new chunk.
 void StoreImpl::launch_write(WriteOp* op) {
   const uint32_t n = pieces_of(op->total);
-  const uint32_t reserve = op->sealed ? reserve_segments() : reserve_segments() / 2;
+  const uint32_t reserve = reserve_segments();
   for (uint32_t k = 0; k < n; k++) {
     const uint32_t len = std::min(kPieceMax, op->total - k * kPieceMax);
     const uint64_t off = alloc_->alloc(len, reserve);
@@ -601,8 +601,8 @@ void StoreImpl::retry_space_waiters() {
   for (Request* r : again) {
     const uint32_t len = std::min(r->len, kPieceMax);
     const bool whole = r->op == Request::Op::Put;
-    const uint64_t probe = alloc_->alloc(std::max(whole ? len : std::min(r->off + r->len, kPieceMax), 1u),
-                                         whole ? reserve_segments() : reserve_segments() / 2);
+    const uint64_t probe =
+        alloc_->alloc(std::max(whole ? len : std::min(r->off + r->len, kPieceMax), 1u), reserve_segments());
     if (probe) {
       alloc_->release(probe);
       uint32_t tries;

@@ -1,0 +1,89 @@
+"""`kvfs up` to `kvfs down` through the command line: what a person does first, and again after a kill."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvfs.mount import service
+
+
+def kvfs(*args: str, data: bytes | None = None, code: int = 0) -> bytes:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvfs", *args], input=data, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == code, (args, done.returncode, done.stdout, done.stderr)
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "kv"
+    yield place
+    subprocess.run(
+        [sys.executable, "-m", "kvfs", "down", "--dir", str(place)], capture_output=True, timeout=60, check=False
+    )
+    service.unmount(place / "mnt")
+
+
+def test_a_first_session(directory: Path, tmp_path: Path) -> None:
+    where = ("--dir", str(directory))
+    kvfs("up", *where, "--size", "256M", "--detach")
+    block = os.urandom(100_000)
+    assert kvfs("put", *where, "me/cache", "0a1b2c", "-", data=block) == b"stored\n"
+    assert kvfs("put", *where, "me/cache", "0a1b2c", "-", data=block) == b"was there\n"
+    assert kvfs("get", *where, "me/cache", "0a1b2c") == block
+    assert kvfs("stat", *where, "me/cache", "0a1b2c") == b"100000\n"
+    seen = directory / "mnt/.kvfs/blocks/me/cache/0a/0a1b2c"
+    assert hashlib.sha256(seen.read_bytes()).digest() == hashlib.sha256(block).digest()
+    (directory / "mnt/note").write_text("kept")
+    status = json.loads(kvfs("status", *where, "--json"))
+    assert status["namespaces"] == ["me/cache"]
+    assert status["stats"]["block_chunks"] == 1
+    kvfs("rm", *where, "me/cache", "0a1b2c")
+    assert b"no such block" in kvfs("get", *where, "me/cache", "0a1b2c", code=1)
+    assert b"in use" in kvfs("up", *where, "--detach", code=1)
+    kvfs("down", *where)
+    assert b"no kvfs runs" in kvfs("status", *where, code=1)
+    assert not service.is_mounted(directory / "mnt")
+    kvfs("up", *where, "--detach")
+    assert (directory / "mnt/note").read_text() == "kept"
+
+
+def test_what_was_durable_is_there_after_a_kill(directory: Path) -> None:
+    where = ("--dir", str(directory))
+    kvfs("up", *where, "--size", "256M", "--detach")
+    block = os.urandom(70_000)
+    kvfs("put", *where, "me/cache", "0a1b2c", "-", data=block)
+    with open(directory / "mnt/file", "wb") as f:
+        f.write(block)
+        f.flush()
+        os.fsync(f.fileno())
+    pid = json.loads(kvfs("status", *where, "--json"))["pid"]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kvfs("up", *where, "--detach")
+    assert kvfs("get", *where, "me/cache", "0a1b2c") == block
+    assert (directory / "mnt/file").read_bytes() == block
+
+
+def test_replay_verifies_and_counts_hits(directory: Path, tmp_path: Path) -> None:
+    where = ("--dir", str(directory))
+    kvfs("up", *where, "--size", "256M", "--detach")
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 0, "hash_ids": list(range(n))} for n in (10, 20, 20, 5)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = json.loads(kvfs("replay", *where, str(trace), "--block-bytes", "8K", "--json"))
+    assert (report["references"], report["prefix_hits"], report["stored"]) == (55, 35, 20)
+    assert report["wrong"] == report["refused"] == report["vanished"] == 0
+    trace.write_text("not json\n")
+    assert b"line 1" in kvfs("replay", *where, str(trace), code=1)
