@@ -102,7 +102,10 @@ void Reactor::run() {
     run_posted();
     if (dev_ != nullptr && !polled && dev_->inflight() > 0) dev_->poll(false);
     polled = false;
-    drain_more_ = false;
+    // Tails first, then posted work: a client that was told of a handle or iov may use it at once, and what it was told of
+    // was posted before. SQEs published after this look wait for the next turn.
+    for (Ring* r : rings_) look(r);
+    run_posted();
     if (!rings_.empty()) {
       // Start with another ring each turn, so that scarce Ops do not always go to the first.
       drain_from_ = (drain_from_ + 1) % uint32_t(rings_.size());
@@ -123,7 +126,7 @@ void Reactor::run() {
 }
 
 bool Reactor::work_waiting() {
-  if (has_posted_.load(std::memory_order_acquire) || drain_more_ || job_ready_ || store_->busy()) return true;
+  if (has_posted_.load(std::memory_order_acquire) || job_ready_ || store_->busy()) return true;
   for (Ring* r : rings_) {
     if (!r->closing && r->q.can_take() && ops_live_ < kMaxOps) return true;
   }
@@ -181,15 +184,20 @@ void Reactor::publish() {
   }
 }
 
-unsigned Reactor::drain(Ring* r) {
-  if (r->closing) return 0;
+void Reactor::look(Ring* r) {
+  r->ready = 0;
+  if (r->closing) return;
   bool was_broken = r->q.broken() != 0;
-  uint32_t n = r->q.refresh();
+  r->ready = r->q.refresh();
   if (!was_broken && r->q.broken() != 0) {
     ++stats_.broken_rings;
     futex_wake(r->q.futex_word());
   }
-  if (n > kDrainBudget) n = kDrainBudget;
+}
+
+unsigned Reactor::drain(Ring* r) {
+  if (r->closing || r->q.broken() != 0) return 0;
+  uint32_t n = r->ready < kDrainBudget ? r->ready : kDrainBudget;
   if (n > kMaxOps - ops_live_) n = kMaxOps - ops_live_;
   kvfs_sqe group[kGroup];
   for (uint32_t done = 0; done < n;) {

@@ -43,6 +43,7 @@ struct Ring {
   int notify_fd = -1;          // in-process ring: eventfd written instead of a futex wake (-1: futex)
   Session* session = nullptr;  // null: in-process
   bool closing = false;
+  uint32_t ready = 0;  // SQEs to take this turn
 };
 
 struct NsHandle {
@@ -131,6 +132,7 @@ class Reactor {
   size_t ring_count() const { return rings_.size(); }
 
  private:
+  void look(Ring* r);
   unsigned drain(Ring* r);
   void dispatch(Ring* r, const kvfs_sqe& s);
   int start_block(Ring* r, const kvfs_sqe& s);
@@ -182,7 +184,6 @@ class Reactor {
   unsigned ops_made_ = 0, ops_live_ = 0;
   std::vector<bool> evictable_;  // by namespace id
   uint32_t drain_from_ = 0;
-  bool drain_more_ = false;
   bool job_ready_ = false;  // a job may go on without waiting for I/O
   int spin_credit_ = 4;
   uint32_t idle_rounds_ = 0;
