@@ -46,6 +46,7 @@ Reactor::~Reactor() {
   KVFS_CHECK(rings_.empty() && jobs_.empty() && ops_live_ == 0);
   if (poll_handle_ >= 0) uring_->remove_poll(poll_handle_);
   if (epoll_fd_ >= 0) close(epoll_fd_);
+  std::lock_guard<std::mutex> g(post_mu_);  // who posted the end may still be writing the descriptor
   if (post_fd_ >= 0) close(post_fd_);
 }
 
@@ -70,11 +71,9 @@ void Reactor::on_epoll(void* owner, uint32_t) {
 }
 
 void Reactor::post(std::function<void()> fn) {
-  {
-    std::lock_guard<std::mutex> g(post_mu_);
-    posted_.push_back(std::move(fn));
-    has_posted_.store(true, std::memory_order_release);
-  }
+  std::lock_guard<std::mutex> g(post_mu_);  // over the write too: what was posted may end the reactor
+  posted_.push_back(std::move(fn));
+  has_posted_.store(true, std::memory_order_release);
   uint64_t one = 1;
   ssize_t n = write(post_fd_, &one, sizeof one);
   (void)n;  // EAGAIN: the counter is full, so the event is pending anyway
