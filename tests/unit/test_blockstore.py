@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -258,3 +259,16 @@ def test_killed_daemon_is_an_error_in_bounded_time(daemon: Daemon) -> None:
         assert time.monotonic() - start < 3
         with pytest.raises(OSError, match=r"\w"):
             store.exists([b"k"])
+
+
+def test_garbage_in_a_cycle_is_freed_in_any_order(daemon: Daemon) -> None:
+    for _ in range(50):
+        store = BlockStore.open(daemon.directory)
+        buffers = [store.alloc(4096) for _ in range(3)]
+        store.put([b"k"], [buffers[0].view])
+        cycle: list[object] = [store, *buffers]
+        cycle.append(cycle)
+        del store, buffers, cycle
+        gc.collect()
+    with BlockStore.open(daemon.directory) as store:
+        assert store.exists([b"k"]) == [4096]

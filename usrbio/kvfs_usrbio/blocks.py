@@ -153,7 +153,9 @@ class BlockStore:
         return lane
 
     def _run(self, lane: _Lane, opcode: int, flags: int, iovs: Any, blocks: Any, count: int) -> None:
-        result: int = lib.kvfs_py_batch(lane.ring, opcode, flags, self._namespace, iovs, blocks, count, self._timeout)
+        result: int = lib.kvfs_py_batch(
+            lane.ring.handle, opcode, flags, self._namespace, iovs, blocks, count, self._timeout
+        )
         if result < 0:
             del self._local.lane  # operations may still be under way: neither ring nor staging is used again
             check(result, "blocks")
@@ -196,28 +198,32 @@ class BlockStore:
         staged: list[tuple[int, int, Any]] = []  # (index, offset in staging, the caller's memory)
         base, used = 0, 0  # the run of blocks not yet done, and staging they use
         memories: list[Any] = []  # keeps the callers' buffers exported until the end
-        for i, value in enumerate(values):
-            memory = ffi.from_buffer("char[]", value, require_writable=reading)
-            memories.append(memory)
-            size = len(memory)
-            blocks[i].len = min(size, VALUE_MAX) if reading else min(size, VALUE_MAX + 1)
-            place = client.find(int(ffi.cast("uintptr_t", memory)), size)
-            if place is None and size > 0 and (reading or size <= VALUE_MAX):
-                need = min(size, VALUE_MAX)
-                if used + need > STAGING_BYTES:
-                    self._flush(lane, opcode, flags, iovs, blocks, base, i, staged)
-                    base, used = i, 0
-                staging = ffi.from_buffer("char[]", lane.staging().view)
-                if not reading:
-                    ffi.memmove(staging + used, memory, need)
-                staged.append((i, used, memory))
-                place = client.find(int(ffi.cast("uintptr_t", staging)), STAGING_BYTES)
-                assert place is not None
-                place = place[0], used
-                used += (need + 4095) & ~4095
-            iovs[i], blocks[i].value_off = place or (0, 0)
-        self._flush(lane, opcode, flags, iovs, blocks, base, count, staged)
-        return [blocks[i].status for i in range(count)]
+        try:
+            for i, value in enumerate(values):
+                memory = ffi.from_buffer("char[]", value, require_writable=reading)
+                memories.append(memory)
+                size = len(memory)
+                blocks[i].len = min(size, VALUE_MAX) if reading else min(size, VALUE_MAX + 1)
+                place = client.find(int(ffi.cast("uintptr_t", memory)), size)
+                if place is None and size > 0 and (reading or size <= VALUE_MAX):
+                    need = min(size, VALUE_MAX)
+                    if used + need > STAGING_BYTES:
+                        self._flush(lane, opcode, flags, iovs, blocks, base, i, staged)
+                        base, used = i, 0
+                    staging = lane.staging()
+                    if not reading:
+                        ffi.memmove(staging.address + used, memory, need)
+                    staged.append((i, used, memory))
+                    place = staging.iov, used
+                    used += (need + 4095) & ~4095
+                iovs[i], blocks[i].value_off = place or (0, 0)
+            self._flush(lane, opcode, flags, iovs, blocks, base, count, staged)
+            return [blocks[i].status for i in range(count)]
+        finally:
+            # Not left to the collector: a traceback may keep this frame in a cycle, and a memoryview that is collected
+            # while it has an export crashes CPython 3.11.
+            for memory in memories:
+                ffi.release(memory)
 
     def _flush(
         self, lane: _Lane, opcode: int, flags: int, iovs: Any, blocks: Any, start: int, end: int, staged: list[Any]
@@ -225,8 +231,8 @@ class BlockStore:
         """Runs blocks [start, end) and empties `staged`."""
         self._run(lane, opcode, flags, iovs + start, blocks + start, end - start)
         if opcode == lib.KVFS_OP_GET and staged:
-            staging = ffi.from_buffer("char[]", lane.staging().view)
+            address = lane.staging().address
             for i, at, memory in staged:
                 if blocks[i].status > 0:
-                    ffi.memmove(memory, staging + at, blocks[i].status)
+                    ffi.memmove(memory, address + at, blocks[i].status)
         staged.clear()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import weakref
 from typing import Any
 
 from kvfs_usrbio._native import ffi, lib
@@ -37,8 +39,10 @@ class Buffer:
     ...)`), are what `BlockStore.get` and `put` take. The memory lives as long as any of them.
     """
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, address: Any, iov: int) -> None:
         self.view = view
+        self.address = address  # char*, valid as long as view
+        self.iov = iov
 
     def __len__(self) -> int:
         return len(self.view)
@@ -47,13 +51,58 @@ class Buffer:
         return self.view[part]
 
 
+class _Connection:
+    """The native client, closed when its last user lets go.
+
+    Counted by hand: the garbage collector may finalise a client, its rings and its memory in any order, and each of
+    the latter still needs the connection to be freed.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self._users = 1
+        self._closed = False
+        self._lock = threading.RLock()  # a finaliser may run inside another's hold or drop
+
+    def hold(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def drop(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and not self._closed:
+                self._closed = True
+                lib.kvfs_close(self.handle)
+
+
+class Ring:
+    """A native ring, destroyed when this goes."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+
+def _free(connection: _Connection, areas: dict[int, tuple[int, int]], base: int, iov: Any) -> None:
+    areas.pop(base, None)
+    lib.kvfs_iov_free(connection.handle, iov)
+    connection.drop()
+
+
+def _destroy(connection: _Connection, ring: Any) -> None:
+    lib.kvfs_ring_destroy(ring)
+    connection.drop()
+
+
 class Client:
     """Connection and areas; safe to use from several threads."""
 
     def __init__(self, socket_path: str) -> None:
         out = ffi.new("kvfs_client**")
         check(lib.kvfs_open(os.fsencode(socket_path), out), f"open {socket_path}")
-        self.handle: Any = ffi.gc(out[0], lib.kvfs_close)
+        self._connection = _Connection(out[0])
+        self.handle: Any = out[0]
+        weakref.finalize(self, self._connection.drop).atexit = False
         self._areas: dict[int, tuple[int, int]] = {}  # first address: (end address, iov id)
 
     def alloc(self, size: int, *, huge: bool = False) -> Buffer:
@@ -61,14 +110,12 @@ class Client:
         check(lib.kvfs_iov_alloc(self.handle, size, lib.KVFS_IOV_HUGE if huge else 0, iov), f"allocate {size} bytes")
         base = int(ffi.cast("uintptr_t", iov.base))
         self._areas[base] = (base + iov.size, iov.id)
-        handle, areas = self.handle, self._areas
-
-        def free(_: Any) -> None:
-            areas.pop(base, None)
-            lib.kvfs_iov_free(handle, iov)
-
-        memory = ffi.gc(ffi.cast("char*", iov.base), free, size)
-        return Buffer(memoryview(ffi.buffer(memory, size)))
+        self._connection.hold()
+        # Views and arrays keep `memory` alive, not the other way round; weakref.finalize, unlike ffi.gc, also runs with
+        # its arguments whole when the memory is part of a garbage cycle.
+        memory = ffi.buffer(iov.base, iov.size)
+        weakref.finalize(memory, _free, self._connection, self._areas, base, iov).atexit = False
+        return Buffer(memoryview(memory)[:size], ffi.cast("char*", iov.base), iov.id)
 
     def find(self, address: int, size: int) -> tuple[int, int] | None:
         """(iov id, offset) if all of the memory is shared with the daemon."""
@@ -82,12 +129,10 @@ class Client:
         result = lib.kvfs_ns_open(self.handle, tenant.encode(), name.encode(), flags)
         return check(result, f"open namespace {tenant}/{name}")
 
-    def ring(self, entries: int) -> Any:
+    def ring(self, entries: int) -> Ring:
         out = ffi.new("kvfs_ring**")
         check(lib.kvfs_ring_create(self.handle, entries, out), "create a ring")
-        handle = self.handle
-
-        def destroy(ring: Any, _keep: Any = handle) -> None:
-            lib.kvfs_ring_destroy(ring)
-
-        return ffi.gc(out[0], destroy)
+        self._connection.hold()
+        ring = Ring(out[0])
+        weakref.finalize(ring, _destroy, self._connection, out[0]).atexit = False
+        return ring
