@@ -182,7 +182,7 @@ uint32_t Allocator::sparsest(double max_fill) const {
   double best_fill = max_fill;
   for (uint32_t s = 0; s < geo_.segments; s++) {
     const Segment& seg = segs_[s];
-    if (seg.cls >= kCheckpoint || seg.draining || seg.used == 0) continue;
+    if (seg.cls >= kCheckpoint || seg.draining || seg.stuck || seg.used == 0) continue;
     const double fill = static_cast<double>(seg.used) / seg.slots;
     if (fill < best_fill) {
       best_fill = fill;
@@ -190,6 +190,10 @@ uint32_t Allocator::sparsest(double max_fill) const {
     }
   }
   return best;
+}
+
+void Allocator::clear_stuck() {
+  for (Segment& s : segs_) s.stuck = false;
 }
 
 void Allocator::set_draining(uint32_t seg, bool on) {

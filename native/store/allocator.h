@@ -42,11 +42,14 @@ class Allocator {
   uint32_t segment_of(uint64_t off) const { return static_cast<uint32_t>((off - geo_.data_off()) / geo_.stride()); }
   bool draining(uint32_t seg) const { return segs_[seg].draining; }
   void set_draining(uint32_t seg, bool on);
+  void set_stuck(uint32_t seg) { segs_[seg].stuck = true; }
+  void clear_stuck();
 
  private:
   static constexpr uint8_t kFree = 255, kCheckpoint = 254;
   struct Segment {
     uint8_t cls = kFree;
+    bool stuck = false;     // could not be emptied; not tried again before clear_stuck
     bool draining = false;  // gets no new slots
     uint32_t used = 0, slots = 0, hint = 0;
     uint32_t list_pos = kNone;   // position in partial_[cls]

@@ -12,6 +12,10 @@ void StoreImpl::defragment_step() {
   if (failed_ || opt_.read_only) return;
   if (drain_ == Allocator::kNone) {
     if (space_wait_.empty() || defrag_barren_ || !quarantine_.empty()) return;
+    if (defrag_fresh_) {
+      alloc_->clear_stuck();
+      defrag_fresh_ = false;
+    }
     drain_ = alloc_->sparsest(0.95);
     if (drain_ == Allocator::kNone) {
       defrag_barren_ = true;
@@ -35,8 +39,12 @@ void StoreImpl::defragment_step() {
 
 // An emptied segment is freed by the quarantine; one that could not be emptied takes chunks again.
 void StoreImpl::end_drain() {
-  if (drain_stuck_ || drain_skipped_) alloc_->set_draining(drain_, false);
-  if (drain_stuck_) defrag_barren_ = true;
+  if (drain_stuck_ || drain_skipped_) {
+    alloc_->set_draining(drain_, false);
+    alloc_->set_stuck(drain_);  // the next sparsest may have somewhere to go
+  } else {
+    alloc_->clear_stuck();
+  }
   drain_ = Allocator::kNone;
   flush_wanted_ = true;
 }

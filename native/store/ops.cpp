@@ -511,6 +511,7 @@ uint32_t StoreImpl::drop_chunk(uint32_t id, uint64_t) {
   }
   const uint64_t seq = log(recs, k);
   defrag_barren_ = false;
+  defrag_fresh_ = true;
   for (uint32_t i = 0; i < k; i++) quarantine(slots[i], seq);
   return k;
 }

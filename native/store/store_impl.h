@@ -208,6 +208,7 @@ class StoreImpl final : public Store {
   uint32_t drain_id_ = 0, moves_ = 0;
   bool drain_stuck_ = false;    // no slot to move to, or an unreadable chunk
   bool drain_skipped_ = false;  // a chunk was being changed
+  bool defrag_fresh_ = false;   // a chunk was dropped since segments were last marked stuck
   bool defrag_barren_ = false;  // nothing to gain until something else is freed
 
   // journal

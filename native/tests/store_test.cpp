@@ -493,5 +493,29 @@ TEST(Store, FragmentationDoesNotRefuseWrites) {
   ASSERT_TRUE(h.store->close());
 }
 
+// More size classes than segments: a put finds room by emptying a segment, whichever order the sizes come in.
+TEST(Store, MoreSizesThanSegments) {
+  for (int order = 0; order < 3; order++) {
+    SimOptions so = sim(9, 36u << 20);
+    so.record = false;
+    SimDevice dev(so);
+    ASSERT_TRUE(Store::format(dev, kSmall));
+    Harness h(dev);
+    ASSERT_TRUE(h.open());
+    std::map<uint64_t, Bytes> want;
+    for (uint64_t i = 0; i < 200; i++) {
+      const uint64_t k = order == 0 ? i : order == 1 ? 199 - i : i * 67 % 200;
+      want[k] = pattern(k, 1000 + 317 * k);
+      ASSERT_EQ(h.put(block_key(k), want[k]), 1) << "order " << order << ", put " << i;
+    }
+    for (auto& [k, v] : want) {
+      Bytes got;
+      ASSERT_EQ(h.get(block_key(k), 0, 1u << 20, &got), static_cast<int64_t>(v.size()));
+      ASSERT_TRUE(got == v);
+    }
+    ASSERT_TRUE(h.store->close());
+  }
+}
+
 }  // namespace
 }  // namespace kvfs
