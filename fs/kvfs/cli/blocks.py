@@ -14,8 +14,8 @@ PUT_EXAMPLES = (
     "Examples:  kvfs put my/cache 0a1b2c block.bin   |   head -c 64K /dev/urandom | kvfs put my/cache 0a1b2c -"
 )
 GET_EXAMPLES = "Examples:  kvfs get my/cache 0a1b2c > block.bin   |   kvfs get my/cache 0a1b2c -o block.bin"
-STAT_EXAMPLES = "Example:  kvfs stat my/cache 0a1b2c"
-RM_EXAMPLES = "Example:  kvfs rm my/cache 0a1b2c"
+STAT_EXAMPLES = "Examples:  kvfs stat my/cache 0a1b2c   |   kvfs stat --dir /data/kvfs my/cache 0a1b2c"
+RM_EXAMPLES = "Examples:  kvfs rm my/cache 0a1b2c   |   kvfs rm --dir /data/kvfs my/cache 0a1b2c"
 
 Namespace = Annotated[str, typer.Argument(help="TENANT/NAME, or a name of the tenant `default`.")]
 Key = Annotated[str, typer.Argument(help="The block's key in hexadecimal.")]
