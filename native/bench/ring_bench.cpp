@@ -1,5 +1,5 @@
-// ring_bench.cpp is the client process of `kvfs bench`, and usable by hand: it reads or writes 4 KiB (or other) blocks of
-// one namespace through libkvfs and prints one line of JSON. Usage: ring_bench SOCKET NAMESPACE [options], see usage().
+// ring_bench.cpp is the client process of `kvfs bench`, and usable by hand: it reads or writes blocks of one namespace, or
+// pieces of one file, through libkvfs and prints one line of JSON. Usage: ring_bench SOCKET NAMESPACE [options], see usage().
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -20,15 +20,17 @@ namespace {
 
 constexpr char kUsage[] =
     "usage: ring_bench SOCKET TENANT/NAME [options]\n"
-    "  --op get|put|evict|exists   get: random keys of the range; the others: each key once, in order (default get)\n"
+    "       ring_bench SOCKET FILE --op read|write [options]   (a file on the mount, in pieces of SIZE)\n"
+    "  --op get|put|evict|exists|read|write\n"
+    "                  get, read: random ones of the range; the others: each one once, in order (default get)\n"
     "  --size BYTES    of a block, 8 to 16M, such as 4096 or 1M (default 4096)\n"
     "  --depth N       operations in flight, 1 to 1024 (default 64)\n"
     "  --batch         hand over DEPTH at once and wait for all of them, instead of replacing each one that ends\n"
     "  --reap N        completions to wait for each time, 1 to DEPTH (default 1; --batch: DEPTH)\n"
-    "  --first N       number of the range's first key (default 0)\n"
-    "  --count N       keys in the range (default 1000)\n"
-    "  --seconds S     stop after S seconds; 0: after the range, or after COUNT gets (default 0)\n"
-    "  --durable       puts and evictions complete when they would survive a loss of power\n"
+    "  --first N       number of the range's first key or piece (default 0)\n"
+    "  --count N       keys or pieces in the range (default 1000)\n"
+    "  --seconds S     stop after S seconds; 0: after the range, or after COUNT operations (default 0)\n"
+    "  --durable       puts, writes and evictions complete when they would survive a loss of power\n"
     "  --verify        compare every byte read; without it, the eight that name the block\n"
     "  --huge          memory on 2 MiB pages\n"
     "  --daemon PID    count that process's CPU time too\n"
@@ -40,7 +42,7 @@ constexpr int kBucketsPerOctave = 16, kBuckets = 64 * kBucketsPerOctave;
 
 struct Options {
   const char* socket = nullptr;
-  const char* ns = nullptr;
+  const char* target = nullptr;  // namespace or file
   uint8_t op = KVFS_OP_GET;
   const char* op_name = "get";
   uint32_t size = 4096;
@@ -86,6 +88,10 @@ void key_of(uint64_t n, uint8_t key[32]) {
 // Word i of block n. The first names the block; the rest is the same for all blocks of one size, so that writing is
 // cheap, and random, so that nothing below can compress it.
 uint64_t word_of(uint64_t n, size_t i) { return i == 0 ? mix(n) : mix(i ^ 0x5bd1e995u); }
+
+bool takes(uint8_t op) { return op == KVFS_OP_GET || op == KVFS_OP_READ; }
+bool gives(uint8_t op) { return op == KVFS_OP_PUT || op == KVFS_OP_WRITE; }
+bool of_file(uint8_t op) { return op == KVFS_OP_READ || op == KVFS_OP_WRITE; }
 
 struct Cpu {
   double user = 0, system = 0;
@@ -159,11 +165,8 @@ class Run {
   void open() {
     int err = kvfs_open(o_.socket, &client_);
     if (err < 0) die(o_.socket, -err);
-    char tenant[256] = "default";
-    const char* slash = strchr(o_.ns, '/');
-    if (slash != nullptr) snprintf(tenant, sizeof tenant, "%.*s", static_cast<int>(slash - o_.ns), o_.ns);
-    ns_ = kvfs_ns_open(client_, tenant, slash != nullptr ? slash + 1 : o_.ns, 0);
-    if (ns_ < 0) die(o_.ns, -ns_);
+    handle_ = of_file(o_.op) ? open_file() : open_namespace();
+    if (handle_ < 0) die(o_.target, -handle_);
     stride_ = (static_cast<uint64_t>(o_.size) + 4095) / 4096 * 4096;
     err = kvfs_iov_alloc(client_, stride_ * slots_.size(), o_.huge ? KVFS_IOV_HUGE : 0, &iov_);
     if (err < 0) die("memory", -err);
@@ -173,7 +176,7 @@ class Run {
     if (err < 0) die("ring", -err);
     for (size_t i = 0; i < slots_.size(); i++) {
       for (size_t w = 0; w < stride_ / 8; w++) {
-        const uint64_t v = o_.op == KVFS_OP_PUT ? word_of(0, w) : 0;  // touched, so that no page fault is measured
+        const uint64_t v = gives(o_.op) ? word_of(0, w) : 0;  // touched, so that no page fault is measured
         memcpy(value(i) + w * 8, &v, 8);
       }
     }
@@ -187,7 +190,7 @@ class Run {
     kvfs_cqe cqe[kMaxDepth];
     const uint64_t begin = now_ns();
     const uint64_t limit = o_.seconds > 0 ? begin + static_cast<uint64_t>(o_.seconds * 1e9) : UINT64_MAX;
-    const bool endless = o_.op == KVFS_OP_GET && o_.seconds > 0;
+    const bool endless = takes(o_.op) && o_.seconds > 0;
     uint64_t now = begin, started = 0;
     const Cpu own = own_cpu(), daemon = o_.daemon != 0 ? cpu_of(o_.daemon) : Cpu{};
     for (;;) {
@@ -234,11 +237,26 @@ class Run {
   bool sound() const { return errors_ == 0 && wrong_ == 0; }
 
  private:
+  int open_namespace() {
+    char tenant[256] = "default";
+    const char* slash = strchr(o_.target, '/');
+    if (slash != nullptr) snprintf(tenant, sizeof tenant, "%.*s", static_cast<int>(slash - o_.target), o_.target);
+    return kvfs_ns_open(client_, tenant, slash != nullptr ? slash + 1 : o_.target, 0);
+  }
+
+  int open_file() {
+    const int fd = ::open(o_.target, O_RDWR | O_CLOEXEC | (o_.op == KVFS_OP_WRITE ? O_CREAT : 0), 0600);
+    if (fd < 0) return -errno;
+    const int handle = kvfs_file_register(client_, fd);
+    ::close(fd);
+    return handle;
+  }
+
   char* value(size_t slot) const { return static_cast<char*>(iov_.base) + slot * stride_; }
 
   void start(int slot, uint64_t nth, uint64_t now) {
     Slot& s = slots_[static_cast<size_t>(slot)];
-    if (o_.op == KVFS_OP_GET) {
+    if (takes(o_.op)) {
       rng_ ^= rng_ << 13;
       rng_ ^= rng_ >> 7;
       rng_ ^= rng_ << 17;
@@ -247,31 +265,41 @@ class Run {
       s.number = o_.first + nth;
     }
     s.started = now;
-    uint8_t key[32];
-    key_of(s.number, key);
-    if (o_.op == KVFS_OP_PUT) {
+    const auto at = static_cast<size_t>(slot);
+    if (gives(o_.op)) {
       const uint64_t name = word_of(s.number, 0);
-      memcpy(value(static_cast<size_t>(slot)), &name, 8);
+      memcpy(value(at), &name, 8);
     }
-    const bool data = o_.op == KVFS_OP_GET || o_.op == KVFS_OP_PUT;
-    const uint8_t flags = o_.durable && o_.op != KVFS_OP_GET ? KVFS_SQE_DURABLE : 0;
-    const int err = kvfs_prep_block(ring_, o_.op, flags, ns_, key, sizeof key, data ? iov_.id : 0,
-                                    data ? static_cast<uint64_t>(slot) * stride_ : 0, 0, data ? o_.size : 0,
-                                    static_cast<uint64_t>(slot));
-    if (err < 0) die("prepare", -err);
+    kvfs_sqe* q = kvfs_prep(ring_);
+    if (q == nullptr) die("prepare", EAGAIN);
+    q->opcode = o_.op;
+    q->flags = o_.durable && !takes(o_.op) ? KVFS_SQE_DURABLE : 0;
+    q->handle = static_cast<uint32_t>(handle_);
+    q->user_data = at;
+    if (takes(o_.op) || gives(o_.op)) {
+      q->iov = iov_.id;
+      q->iov_off = at * stride_;
+      q->len = o_.size;
+    }
+    if (of_file(o_.op)) {
+      q->off = s.number * o_.size;
+    } else {
+      key_of(s.number, q->key);
+      q->key_len = sizeof q->key;
+    }
   }
 
   void finish(const kvfs_cqe& c, uint64_t now) {
     if (c.user_data >= slots_.size()) die("completion", EPROTO);
     const Slot& s = slots_[c.user_data];
     latency_.add(now - s.started);
-    if (c.result < 0 || (o_.op == KVFS_OP_GET && c.result != o_.size)) {
+    if (c.result < 0 || (takes(o_.op) && c.result != o_.size)) {
       if (errors_++ == 0) first_error_ = c.result < 0 ? static_cast<int>(-c.result) : EIO;
       return;
     }
     if (o_.op == KVFS_OP_PUT && c.result == 0) there_++;
-    if (o_.op == KVFS_OP_GET || o_.op == KVFS_OP_PUT) bytes_ += o_.size;
-    if (o_.op == KVFS_OP_GET && !right(s.number, value(c.user_data))) wrong_++;
+    if (takes(o_.op) || gives(o_.op)) bytes_ += o_.size;
+    if (takes(o_.op) && !right(s.number, value(c.user_data))) wrong_++;
   }
 
   bool right(uint64_t number, const char* bytes) const {
@@ -288,7 +316,7 @@ class Run {
   kvfs_client* client_ = nullptr;
   kvfs_ring* ring_ = nullptr;
   kvfs_iov iov_ = {};
-  int ns_ = -1;
+  int handle_ = -1;  // of namespace or file
   uint64_t stride_ = 0;
   std::vector<Slot> slots_;
   uint64_t rng_;
@@ -320,7 +348,8 @@ Options parse(int argc, char** argv) {
   static constexpr struct {
     const char* name;
     uint8_t code;
-  } kOps[] = {{"get", KVFS_OP_GET}, {"put", KVFS_OP_PUT}, {"evict", KVFS_OP_EVICT}, {"exists", KVFS_OP_EXISTS}};
+  } kOps[] = {{"get", KVFS_OP_GET},       {"put", KVFS_OP_PUT},   {"evict", KVFS_OP_EVICT},
+              {"exists", KVFS_OP_EXISTS}, {"read", KVFS_OP_READ}, {"write", KVFS_OP_WRITE}};
   Options o;
   for (int c; (c = getopt_long(argc, argv, "", known, nullptr)) != -1;) {
     switch (c) {
@@ -331,7 +360,7 @@ Options parse(int argc, char** argv) {
           o.op = op.code;
           o.op_name = op.name;
         }
-        if (o.op_name == nullptr) usage("--op is get, put, evict or exists");
+        if (o.op_name == nullptr) usage("--op is get, put, evict, exists, read or write");
         break;
       case kSize:
         o.size = static_cast<uint32_t>(number(optarg, 8, KVFS_VALUE_MAX, "--size is 8 to 16M"));
@@ -374,9 +403,9 @@ Options parse(int argc, char** argv) {
         usage("unknown option");
     }
   }
-  if (argc - optind != 2) usage("a socket and a namespace are needed");
+  if (argc - optind != 2) usage("a socket and a namespace or file are needed");
   o.socket = argv[optind];
-  o.ns = argv[optind + 1];
+  o.target = argv[optind + 1];
   if (o.reap == 0) o.reap = 1;
   if (o.reap > o.depth) usage("--reap is 1 to DEPTH");
   return o;
