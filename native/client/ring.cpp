@@ -98,7 +98,7 @@ int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns
       break;
     }
     armed = true;
-    uint32_t tail = r->q.arm();
+    uint32_t tail = r->q.arm(uint32_t(min));
     if (tail - r->q.cq_head() >= uint32_t(min)) break;
     uint64_t now = now_ns();
     if (now >= deadline) {

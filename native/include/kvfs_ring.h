@@ -103,7 +103,8 @@ struct kvfs_ring_hdr {
   /* line 4: written by the client */
   uint32_t cq_head;
   uint32_t cq_need_wake; /* 1: the client sleeps (or is about to) on cq_tail: FUTEX_WAKE after publishing */
-  uint8_t rsv4[56];
+  uint32_t cq_wake_at;   /* the daemon wakes only once cq_tail has reached this (modulo 2^32) */
+  uint8_t rsv4[52];
   uint8_t pad[4096 - 5 * 64];
 };
 

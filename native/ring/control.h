@@ -24,6 +24,8 @@ enum class Ctl : uint16_t {
   NsClose = 7,      // id
   FileClose = 8,    // id
   FileOpen = 9,     // only on `<sock>.fd`, with the token and one descriptor -> id
+  IovImport = 10,   // only on `<sock>.fd`, with the token and one descriptor; a = bytes, b = offset -> id
+  RingEvent = 11,   // id -> fd: a socket that gets readable, see kvfs_ring_event_fd
 };
 
 struct CtlRequest {  // 256 bytes
@@ -34,7 +36,8 @@ struct CtlRequest {  // 256 bytes
   uint32_t flags;
   uint64_t a;
   uint8_t token[16];
-  uint8_t rsv[24];  // 0
+  uint64_t b;
+  uint8_t rsv[16];  // 0
   char tenant[64];  // NUL-terminated
   char name[128];
 };
@@ -83,12 +86,17 @@ inline int ctl_parse(const void* buf, size_t len, CtlRequest* out) {
       return ctl_name_ok(out->tenant, sizeof out->tenant) && ctl_name_ok(out->name, sizeof out->name) && out->flags <= 1
                  ? 0
                  : -EINVAL;
+    case Ctl::IovImport:
+      return out->a != 0 && out->a <= (uint64_t(1) << 40) && out->b <= (uint64_t(1) << 60) && (out->a | out->b) % 4096 == 0
+                 ? 0
+                 : -EINVAL;
     case Ctl::Hello:
     case Ctl::RingDestroy:
     case Ctl::IovFree:
     case Ctl::NsClose:
     case Ctl::FileClose:
     case Ctl::FileOpen:
+    case Ctl::RingEvent:
       return 0;
   }
   return -EOPNOTSUPP;

@@ -105,10 +105,12 @@ class ClientRing {
     return int(n);
   }
 
-  // Sleep protocol: flag, fence, look again (ready()), then futex-wait on cq_tail with the value returned here.
-  uint32_t arm() {
-    store_relaxed(&hdr_->cq_need_wake, 1);
-    full_fence();  // flag before tail, see DaemonRing::publish
+  // Sleep protocol: flag, fence, look again (ready()), then futex-wait on cq_tail with the value returned here. The daemon
+  // wakes once `min` completions are there.
+  uint32_t arm(uint32_t min = 1) {
+    store_relaxed(&hdr_->cq_wake_at, cq_head_ + min);
+    store_release(&hdr_->cq_need_wake, 1);  // release: who sees the flag sees the mark
+    full_fence();                           // flag before tail, see DaemonRing::publish
     return load_acquire(&hdr_->cq_tail);
   }
   void disarm() { store_relaxed(&hdr_->cq_need_wake, 0); }  // relaxed: a wake too many does no harm
@@ -185,7 +187,8 @@ class DaemonRing {
     published_ = cq_tail_;
     store_release(&hdr_->cq_tail, cq_tail_);  // release: CQE bytes and data before the tail
     full_fence();  // tail before flag; the client does flag, fence, tail: one of the two sees the other
-    return load_relaxed(&hdr_->cq_need_wake) != 0;
+    return load_acquire(&hdr_->cq_need_wake) != 0 &&  // acquire: cq_wake_at is at least as new
+           static_cast<int32_t>(cq_tail_ - load_relaxed(&hdr_->cq_wake_at)) >= 0;
   }
 
   // Sleep protocol of the daemon: set the flag on every ring, one full_fence(), then look for SQEs once more.

@@ -16,6 +16,7 @@
 #include <climits>
 
 #include "../store/check.h"
+#include "bus_guard.h"
 
 namespace kvfs {
 
@@ -145,6 +146,13 @@ ControlServer::Client* ControlServer::find(uint64_t id) {
   return it == clients_.end() ? nullptr : it->second.get();
 }
 
+ControlServer::Client* ControlServer::find_token(const uint8_t token[16]) {
+  for (auto& [id, c] : clients_) {
+    if (!c->closing && memcmp(c->token, token, sizeof c->token) == 0) return c.get();
+  }
+  return nullptr;
+}
+
 bool ControlServer::uid_ok(uint32_t uid) const {
   return uid == 0 || uid == geteuid() || (cfg_.allowed_uid != KVFS_ANY_UID && uid == cfg_.allowed_uid);
 }
@@ -261,8 +269,11 @@ void ControlServer::handle(Client* c, const CtlRequest& q) {
         s->files[id] = FileHandle{};
       });
       return reply(c, q, 0);
+    case Ctl::RingEvent:
+      return ring_event(c, q);
     case Ctl::FileOpen:
-      return reply(c, q, -EOPNOTSUPP);  // has its own socket
+    case Ctl::IovImport:
+      return reply(c, q, -EOPNOTSUPP);  // have their own socket
   }
   reply(c, q, -EOPNOTSUPP);
 }
@@ -312,6 +323,19 @@ void ControlServer::ring_destroy(Client* c, const CtlRequest& q) {
       });
     });
   });
+}
+
+// A socket and not an eventfd: a client may make the latter block its writers, but never a send with MSG_DONTWAIT.
+void ControlServer::ring_event(Client* c, const CtlRequest& q) {
+  if (q.id >= kMaxRings || c->rings[q.id] == nullptr) return reply(c, q, -EBADF);
+  Ring* r = c->rings[q.id];
+  int sv[2];
+  if (r->event_fd.load(std::memory_order_relaxed) >= 0) return reply(c, q, -EALREADY);
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, sv) != 0) return reply(c, q, -errno);
+  // The client arms the ring after our answer, so the reactor sees the descriptor before it sees the ring armed.
+  r->event_fd.store(sv[0], std::memory_order_release);
+  reply(c, q, 0, q.id, 0, &sv[1], 1);
+  close(sv[1]);
 }
 
 void ControlServer::iov_create(Client* c, const CtlRequest& q) {
@@ -408,22 +432,62 @@ void ControlServer::bind_file(const uint8_t token[16], uint64_t ino, bool can_re
   std::array<uint8_t, 16> t;
   memcpy(t.data(), token, 16);
   post([this, t, ino, can_read, can_write, reply_fn = std::move(reply_fn)] {
-    for (auto& [id, c] : clients_) {
-      if (c->closing || memcmp(c->token, t.data(), 16) != 0) continue;
-      uint32_t h = 0;
-      while (h < c->files_used.size() && c->files_used[h]) ++h;
-      if (h >= kMaxFiles) return reply_fn(-EMFILE);
-      InodeRef inode = inodes_->ref(ino);
-      if (!inode) return reply_fn(-ESTALE);
-      if (h == c->files_used.size()) c->files_used.push_back(false);
-      c->files_used[h] = true;
-      reactor_->post([s = c->session, h, inode, can_read, can_write] {
-        if (s->files.size() <= h) s->files.resize(h + 1);
-        s->files[h] = FileHandle{inode, can_read, can_write};
-      });
-      return reply_fn(int(h));
+    Client* c = find_token(t.data());
+    if (c == nullptr) return reply_fn(-EACCES);
+    uint32_t h = 0;
+    while (h < c->files_used.size() && c->files_used[h]) ++h;
+    if (h >= kMaxFiles) return reply_fn(-EMFILE);
+    InodeRef inode = inodes_->ref(ino);
+    if (!inode) return reply_fn(-ESTALE);
+    if (h == c->files_used.size()) c->files_used.push_back(false);
+    c->files_used[h] = true;
+    reactor_->post([s = c->session, h, inode, can_read, can_write] {
+      if (s->files.size() <= h) s->files.resize(h + 1);
+      s->files[h] = FileHandle{inode, can_read, can_write};
+    });
+    reply_fn(int(h));
+  });
+}
+
+void ControlServer::bind_iov(const uint8_t token[16], void* base, uint64_t size, std::function<void(int)> reply_fn) {
+  std::array<uint8_t, 16> t;
+  memcpy(t.data(), token, 16);
+  post([this, t, base, size, reply_fn = std::move(reply_fn)] {
+    Client* c = find_token(t.data());
+    uint32_t id = 0;
+    while (c != nullptr && id < kMaxIovs && c->iovs[id] != nullptr) ++id;
+    int err = c == nullptr ? -EACCES : id == kMaxIovs ? -EMFILE : size > cfg_.session_bytes - c->bytes ? -EDQUOT : 0;
+    int guard = err == 0 ? bus_guard_add(base, size) : -1;
+    if (err == 0 && guard < 0) err = -ENFILE;
+    if (err != 0) {
+      munmap(base, size);
+      return reply_fn(err);
     }
-    reply_fn(-EACCES);
+    Iov* v = new Iov;
+    v->base = static_cast<char*>(base);
+    v->size = size;
+    v->guard = guard;
+    c->iovs[id] = v;
+    c->bytes += size;
+    ++stats_.iovs;
+    stats_.iov_bytes += size;
+    reactor_->post([this, s = c->session, v, id, cid = c->id, reply_fn] {
+      if (reactor_->add_iov(v)) {
+        s->iovs[id] = v;
+        return reply_fn(int(id));
+      }
+      // Not pinned: the kernel could fail in the middle of a write of ours when the client truncates it.
+      reactor_->close_iov(v, [this, v, id, cid, reply_fn] {
+        post([this, v, id, cid, reply_fn] {
+          if (Client* cl = find(cid)) {
+            cl->iovs[id] = nullptr;
+            cl->bytes -= v->size;
+          }
+          free_iov(v);
+          reply_fn(-ENOMEM);
+        });
+      });
+    });
   });
 }
 
@@ -461,11 +525,13 @@ void ControlServer::drop(Client* c) {
 void ControlServer::free_ring(Ring* r) {
   munmap(r->mem, r->bytes);
   close(r->wake_fd);
+  if (r->event_fd >= 0) close(r->event_fd);
   delete r;
   --stats_.rings;
 }
 
 void ControlServer::free_iov(Iov* v) {
+  if (v->guard >= 0) bus_guard_remove(v->guard);
   munmap(v->base, v->size);
   stats_.iov_bytes -= v->size;
   --stats_.iovs;

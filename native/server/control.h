@@ -43,6 +43,10 @@ class ControlServer {
   bool uid_ok(uint32_t uid) const;
   // Binds an inode to the session with this token; reply(handle or -errno) runs in the control thread.
   void bind_file(const uint8_t token[16], uint64_t ino, bool can_read, bool can_write, std::function<void(int)> reply);
+  // Gives the session with this token memory that it shares with us, mapped at base; reply(id or -errno) runs once it may be
+  // used. The mapping is ours from now on, also if this fails.
+  void bind_iov(const uint8_t token[16], void* base, uint64_t size, std::function<void(int)> reply);
+  uint64_t session_bytes() const { return cfg_.session_bytes; }
   ControlStats& stats() { return stats_; }
   int post_fd() const { return post_fd_; }
 
@@ -73,11 +77,13 @@ class ControlServer {
              int nfds = 0);
   void ring_create(Client* c, const CtlRequest& q);
   void ring_destroy(Client* c, const CtlRequest& q);
+  void ring_event(Client* c, const CtlRequest& q);
   void iov_create(Client* c, const CtlRequest& q);
   void iov_free(Client* c, const CtlRequest& q);
   void ns_open(Client* c, const CtlRequest& q, bool may_ask);
   void drop(Client* c);
   Client* find(uint64_t id);
+  Client* find_token(const uint8_t token[16]);
   void free_ring(Ring* r);
   void free_iov(Iov* v);
 

@@ -49,7 +49,6 @@ struct OwnRing {
     ring_format(daemon.mem, entries);
     daemon.q.attach(daemon.mem, entries);
     client.attach(daemon.mem, daemon.bytes);
-    if (notify) client.arm();  // for good: every turn with completions writes the eventfd
     return true;
   }
   ~OwnRing() {

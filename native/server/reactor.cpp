@@ -2,7 +2,6 @@
 #include "reactor.h"
 
 #include <linux/futex.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -11,6 +10,7 @@
 #include <climits>
 
 #include "../store/check.h"
+#include "bus_guard.h"
 #include "validate.h"
 
 namespace kvfs {
@@ -45,30 +45,21 @@ Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes)
 Reactor::~Reactor() {
   KVFS_CHECK(rings_.empty() && jobs_.empty() && ops_live_ == 0);
   if (poll_handle_ >= 0) uring_->remove_poll(poll_handle_);
-  if (epoll_fd_ >= 0) close(epoll_fd_);
   std::lock_guard<std::mutex> g(post_mu_);  // who posted the end may still be writing the descriptor
   if (post_fd_ >= 0) close(post_fd_);
 }
 
 Status Reactor::init() {
-  epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   post_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (epoll_fd_ < 0 || post_fd_ < 0) return {errno, "cannot create the reactor's descriptors"};
-  epoll_event ev{};
-  ev.events = EPOLLIN | EPOLLET;
-  if (epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, post_fd_, &ev) != 0) return {errno, "epoll_ctl failed"};
-  poll_handle_ = uring_->add_poll(epoll_fd_, on_epoll, this);
-  if (poll_handle_ < 0) return {-poll_handle_, "io_uring cannot watch the reactor's descriptors"};
+  if (post_fd_ < 0) return {errno, "cannot create the reactor's eventfd"};
+  poll_handle_ = uring_->add_poll(post_fd_, on_wake, nullptr);
+  if (poll_handle_ < 0) return {-poll_handle_, "io_uring cannot watch the reactor's eventfd"};
   return {};
 }
 
-// Edge-triggered: taking the events is enough, the eventfds are never read. Rings are all looked at after any wake.
-void Reactor::on_epoll(void* owner, uint32_t) {
-  auto* self = static_cast<Reactor*>(owner);
-  epoll_event ev[64];
-  while (epoll_wait(self->epoll_fd_, ev, 64, 0) == 64) {
-  }
-}
+// Waking is all that is wanted: each write is an event of its own, so the eventfds are never read, and all rings are
+// looked at after any wake.
+void Reactor::on_wake(void*, uint32_t) {}
 
 void Reactor::post(std::function<void()> fn) {
   std::lock_guard<std::mutex> g(post_mu_);  // over the write too: what was posted may end the reactor
@@ -172,12 +163,13 @@ void Reactor::sleep() {
 
 void Reactor::publish() {
   for (Ring* r : rings_) {
-    if (!r->q.publish()) continue;
+    const bool dirty = r->q.dirty(), sleeper = r->q.publish();
     if (r->notify_fd >= 0) {
+      if (!dirty) continue;
       uint64_t one = 1;
       ssize_t n = write(r->notify_fd, &one, sizeof one);
       (void)n;
-    } else {
+    } else if (sleeper) {
       futex_wake(r->q.futex_word());
     }
   }
@@ -266,6 +258,7 @@ int Reactor::resolve_mem(Ring* r, const kvfs_sqe& s, uint64_t len, Iov** iov, Me
   if (r->session == nullptr || s.iov >= kMaxIovs) return -EBADF;
   Iov* v = r->session->iovs[s.iov];
   if (v == nullptr || v->closing) return -EBADF;
+  if (v->guard >= 0 && bus_guard_hit(v->guard)) return -EFAULT;
   if (s.iov_off > v->size || len > v->size - s.iov_off) return -EFAULT;
   mem->ptr = v->base + s.iov_off;
   if (len != 0 && s.iov_off / kFixedMax == (s.iov_off + len - 1) / kFixedMax)
@@ -387,20 +380,21 @@ void Reactor::free_op(Op* op) {
 void Reactor::add_ring(Ring* r) {
   rings_.push_back(r);
   if (r->wake_fd >= 0) {
-    epoll_event ev{};
-    ev.events = EPOLLIN | EPOLLET;
-    // Failure (ENOSPC of the user's watches) leaves the ring served whenever the reactor is awake; sleep is bounded by
-    // the store's deadlines then. It is reported to the client as a broken ring instead.
-    if (epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, r->wake_fd, &ev) != 0) r->q.give_up(errno);
+    // Without a watch (more rings than Uring::kPolls) the client would sleep for ever: it is told instead.
+    r->poll_handle = uring_->add_poll(r->wake_fd, on_wake, nullptr);
+    if (r->poll_handle < 0) r->q.give_up(-r->poll_handle);
   }
 }
 
-void Reactor::add_iov(Iov* v) {
+bool Reactor::add_iov(Iov* v) {
+  bool all = true;
   for (uint64_t off = 0; off < v->size; off += kFixedMax) {
     uint64_t n = v->size - off < kFixedMax ? v->size - off : kFixedMax;
     int idx = dev_ != nullptr ? uring_->register_buffer(v->base + off, n) : -1;
     v->fixed.push_back(idx < 0 ? -1 : idx);  // not registered: same result, a little slower
+    all = all && (idx >= 0 || dev_ == nullptr);
   }
+  return all;
 }
 
 void Reactor::unregister(Iov* v) {
@@ -415,7 +409,7 @@ void Reactor::close_ring(Ring* r, std::function<void()> done) {
   closing_.push_back([this, r, done = std::move(done)] {
     if (r->q.reserved() != 0) return false;
     std::erase(rings_, r);
-    if (r->wake_fd >= 0) epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, r->wake_fd, nullptr);
+    if (r->poll_handle >= 0) uring_->remove_poll(r->poll_handle);
     done();
     return true;
   });
@@ -446,7 +440,7 @@ void Reactor::close_session(Session* s, std::function<void()> done) {
     for (Ring* r : s->rings) {
       if (r == nullptr) continue;
       std::erase(rings_, r);
-      if (r->wake_fd >= 0) epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, r->wake_fd, nullptr);
+      if (r->poll_handle >= 0) uring_->remove_poll(r->poll_handle);
     }
     for (Iov* v : s->iovs) {
       if (v != nullptr) unregister(v);

@@ -31,6 +31,7 @@ struct Iov {
   std::vector<int> fixed;  // registered buffer of each GiB, -1 = none
   uint32_t refs = 0;       // operations under way
   bool closing = false;
+  int guard = -1;  // slot in bus_guard.h: memory of the client's own
 };
 
 struct Session;
@@ -40,8 +41,10 @@ struct Ring {
   void* mem = nullptr;
   uint64_t bytes = 0;
   int wake_fd = -1;            // the client writes it when sq_need_wake is set
+  std::atomic<int> event_fd{-1};  // a socket to write to when the client waits on its other end (-1: it has none)
   int notify_fd = -1;          // in-process ring: eventfd written instead of a futex wake (-1: futex)
   Session* session = nullptr;  // null: in-process
+  int poll_handle = -1;        // of wake_fd in the Uring
   bool closing = false;
   uint32_t ready = 0;  // SQEs to take this turn
 };
@@ -121,7 +124,7 @@ class Reactor {
 
   // Below: reactor thread only (inside post).
   void add_ring(Ring* r);
-  void add_iov(Iov* v);  // registers its memory
+  bool add_iov(Iov* v);  // registers its memory; false: not all of it could be
   // `done` runs in the reactor thread once nothing is in flight on it; the memory is the caller's again.
   void close_ring(Ring* r, std::function<void()> done);
   void close_iov(Iov* v, std::function<void()> done);
@@ -161,13 +164,12 @@ class Reactor {
   void run_posted();
   void run_closing();
   void unregister(Iov* v);
-  static void on_epoll(void* owner, uint32_t revents);
+  static void on_wake(void* owner, uint32_t revents);
 
   Uring* uring_;
   Device* dev_;
   Store* store_;
   InodeTable* inodes_;
-  int epoll_fd_ = -1;  // edge-triggered set of all wake eventfds, itself polled by the Uring
   int post_fd_ = -1;
   int poll_handle_ = -1;
 
