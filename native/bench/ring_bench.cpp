@@ -23,7 +23,7 @@ constexpr char kUsage[] =
     "       ring_bench SOCKET FILE --op read|write [options]   (a file on the mount, in pieces of SIZE)\n"
     "  --op get|put|evict|exists|read|write\n"
     "                  get, read: random ones of the range; the others: each one once, in order (default get)\n"
-    "  --size BYTES    of a block, 8 to 16M, such as 4096 or 1M (default 4096)\n"
+    "  --size BYTES    of a block, 8 to 16M, such as 4096 or 1M; a multiple of 8 (default 4096)\n"
     "  --depth N       operations in flight, 1 to 1024 (default 64)\n"
     "  --batch         hand over DEPTH at once and wait for all of them, instead of replacing each one that ends\n"
     "  --reap N        completions to wait for each time, 1 to DEPTH (default 1; --batch: DEPTH)\n"
@@ -37,6 +37,7 @@ constexpr char kUsage[] =
     "  --seed N        of the random order (default 1)\n";
 
 constexpr int kMaxDepth = 1024;
+constexpr uint32_t kPage = 4096;
 constexpr uint64_t kTimeoutNs = 60000000000u;
 constexpr int kBucketsPerOctave = 16, kBuckets = 64 * kBucketsPerOctave;
 
@@ -176,7 +177,8 @@ class Run {
     if (err < 0) die("ring", -err);
     for (size_t i = 0; i < slots_.size(); i++) {
       for (size_t w = 0; w < stride_ / 8; w++) {
-        const uint64_t v = gives(o_.op) ? word_of(0, w) : 0;  // touched, so that no page fault is measured
+        const uint64_t v =
+            gives(o_.op) ? word_of(0, w % (unit() / 8)) : 0;  // touched, so that no page fault is measured
         memcpy(value(i) + w * 8, &v, 8);
       }
     }
@@ -266,9 +268,9 @@ class Run {
     }
     s.started = now;
     const auto at = static_cast<size_t>(slot);
-    if (gives(o_.op)) {
-      const uint64_t name = word_of(s.number, 0);
-      memcpy(value(at), &name, 8);
+    for (uint32_t done = 0; gives(o_.op) && done < o_.size; done += unit()) {
+      const uint64_t name = word_of(name_of(s.number, done), 0);
+      memcpy(value(at) + done, &name, 8);
     }
     kvfs_sqe* q = kvfs_prep(ring_);
     if (q == nullptr) die("prepare", EAGAIN);
@@ -303,13 +305,22 @@ class Run {
   }
 
   bool right(uint64_t number, const char* bytes) const {
-    const size_t words = o_.verify ? o_.size / 8 : 1;
-    for (size_t i = 0; i < words; i++) {
-      uint64_t v;
-      memcpy(&v, bytes + i * 8, 8);
-      if (v != word_of(number, i)) return false;
+    const size_t words = o_.verify ? unit() / 8 : 1;
+    for (uint32_t done = 0; done < o_.size; done += unit()) {
+      for (size_t i = 0; i < words; i++) {
+        uint64_t v;
+        memcpy(&v, bytes + done + i * 8, 8);
+        if (v != word_of(name_of(number, done), i)) return false;
+      }
     }
     return true;
+  }
+
+  // What carries a name of its own: a whole block; of a file each page, so that it may be read in other pieces than those
+  // it was written in.
+  uint32_t unit() const { return of_file(o_.op) ? kPage : o_.size; }
+  uint64_t name_of(uint64_t number, uint32_t done) const {
+    return of_file(o_.op) ? (number * o_.size + done) / kPage : number;
   }
 
   const Options& o_;
@@ -406,6 +417,8 @@ Options parse(int argc, char** argv) {
   if (argc - optind != 2) usage("a socket and a namespace or file are needed");
   o.socket = argv[optind];
   o.target = argv[optind + 1];
+  if (of_file(o.op) && o.size % kPage != 0) usage("a file's pieces are multiples of 4096 bytes");
+  if (o.size % 8 != 0) usage("--size is a multiple of 8");
   if (o.reap == 0) o.reap = 1;
   if (o.reap > o.depth) usage("--reap is 1 to DEPTH");
   return o;

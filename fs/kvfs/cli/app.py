@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import blocks, config, doctor, node, replay
+from kvfs.cli import bench, blocks, config, doctor, node, replay
 
 app = typer.Typer(
     name="kvfs",
@@ -24,6 +24,7 @@ app.command("put", epilog=blocks.PUT_EXAMPLES)(blocks.put)
 app.command("get", epilog=blocks.GET_EXAMPLES)(blocks.get)
 app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("rm", epilog=blocks.RM_EXAMPLES)(blocks.rm)
 
 
