@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <array>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -10,6 +11,11 @@
 
 #include "../include/kvfs.h"
 #include "../ring/control.h"
+
+struct ClientIov {
+  kvfs_iov iov{};
+  bool own = false;  // mapped by us
+};
 
 struct kvfs_client {
   std::mutex mu;  // control calls: one request outstanding
@@ -19,7 +25,7 @@ struct kvfs_client {
   uint8_t token[16] = {};
   bool dead = false;              // a reply was lost: no further control calls
   std::vector<kvfs_ring*> rings;  // <= 16
-  std::vector<kvfs_iov> iovs;     // <= 64
+  std::vector<ClientIov> iovs;    // <= 64
 };
 
 struct kvfs_ring {
@@ -31,12 +37,22 @@ struct kvfs_ring {
   uint32_t id = 0;
   int spin_credit = 4;
   uint32_t waits = 0;
+  int event_fd = -1;  // made by kvfs_ring_event_fd
+  bool armed = false;
+  // Batches under way (batch.cpp), by slot; those with blocks to hand over; those that are done and not yet given back.
+  std::array<kvfs_batch*, KVFS_BATCHES> batches{};
+  uint32_t batches_used = 0;
+  kvfs_batch *todo_first = nullptr, *todo_last = nullptr, *done_first = nullptr, *done_last = nullptr;
 };
 
 namespace kvfs {
 
 // getpid() without a system call: libkvfs keeps a counter that a fork handler bumps in the child.
 bool forked(const kvfs_client* c);
+// Sends one request with a descriptor over a connection of its own, to the thread that takes descriptors (it may block in a
+// file system; the other must not). The reply's id or -errno.
+int descriptor_call(kvfs_client* c, CtlRequest* q, int fd);
+void init_request(CtlRequest* q, Ctl type);
 // One request and its reply (fds: up to 2, -1 where none came). 0 or -errno of either side.
 int control_call(kvfs_client* c, CtlRequest* q, CtlReply* r, int fds[2]);
 bool peer_gone(const kvfs_client* c);

@@ -54,13 +54,6 @@ int connect_to(const char* path) {
   return fd;
 }
 
-void init_request(CtlRequest* q, Ctl type) {
-  memset(q, 0, sizeof *q);
-  q->magic = kCtlMagic;
-  q->version = kCtlVersion;
-  q->type = uint16_t(type);
-}
-
 int recv_reply(int sock, uint16_t type, CtlReply* r, int fds[2]) {
   fds[0] = fds[1] = -1;
   iovec iov{r, sizeof *r};
@@ -92,6 +85,13 @@ void close_fds(int fds[2]) {
   }
 }
 }  // namespace
+
+void init_request(CtlRequest* q, Ctl type) {
+  memset(q, 0, sizeof *q);
+  q->magic = kCtlMagic;
+  q->version = kCtlVersion;
+  q->type = uint16_t(type);
+}
 
 uint64_t now_ns() {
   timespec ts;
@@ -157,6 +157,7 @@ int kvfs_open(const char* socket_path, kvfs_client** out) {
 static void unmap_ring(kvfs_ring* r) {
   munmap(r->mem, r->bytes);
   close(r->wake_fd);
+  if (r->event_fd >= 0) close(r->event_fd);
   delete r;
 }
 
@@ -164,7 +165,9 @@ static void unmap_ring(kvfs_ring* r) {
 void kvfs_close(kvfs_client* c) {
   if (c == nullptr) return;
   for (kvfs_ring* r : c->rings) unmap_ring(r);
-  for (const kvfs_iov& v : c->iovs) munmap(v.base, v.size);
+  for (const ClientIov& v : c->iovs) {
+    if (v.own) munmap(v.iov.base, v.iov.size);
+  }
   close(c->sock);
   delete c;
 }
@@ -193,7 +196,7 @@ int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, kvfs_iov* out
   out->base = mem;
   out->size = r.a;
   out->id = uint16_t(r.id);
-  c->iovs.push_back(*out);
+  c->iovs.push_back({*out, true});
   return 0;
 }
 
@@ -201,16 +204,17 @@ int kvfs_iov_free(kvfs_client* c, kvfs_iov* iov) {
   if (c == nullptr || iov == nullptr) return -EINVAL;
   std::lock_guard<std::mutex> g(c->mu);
   if (forked(c)) return -ECHILD;
-  auto it = std::find_if(c->iovs.begin(), c->iovs.end(), [&](const kvfs_iov& v) { return v.base == iov->base; });
+  auto it = std::find_if(c->iovs.begin(), c->iovs.end(),
+                         [&](const ClientIov& v) { return v.iov.id == iov->id && v.iov.base == iov->base; });
   if (it == c->iovs.end()) return -EBADF;
   CtlRequest q;
   CtlReply r;
   int fds[2];
   init_request(&q, Ctl::IovFree);
-  q.id = it->id;
+  q.id = it->iov.id;
   int err = control_call(c, &q, &r, fds);
   close_fds(fds);
-  munmap(it->base, it->size);
+  if (it->own) munmap(it->iov.base, it->iov.size);
   c->iovs.erase(it);
   iov->base = nullptr;
   iov->size = 0;
@@ -248,18 +252,14 @@ int kvfs_ns_open(kvfs_client* c, const char* tenant, const char* name, uint32_t 
 
 int kvfs_ns_close(kvfs_client* c, int handle) { return simple_call(c, Ctl::NsClose, uint32_t(handle)); }
 
-// A second connection, to the thread that takes descriptors (it may block in a file system; ours must not).
-int kvfs_file_register(kvfs_client* c, int fd) {
-  if (c == nullptr || fd < 0) return -EINVAL;
+int kvfs::descriptor_call(kvfs_client* c, CtlRequest* q, int fd) {
   if (forked(c)) return -ECHILD;
   int sock = connect_to((c->path + ".fd").c_str());
   if (sock < 0) return sock;
-  CtlRequest q;
   CtlReply r;
   int fds[2] = {-1, -1};
-  init_request(&q, Ctl::FileOpen);
-  memcpy(q.token, c->token, sizeof q.token);
-  iovec iov{&q, sizeof q};
+  memcpy(q->token, c->token, sizeof q->token);
+  iovec iov{q, sizeof *q};
   alignas(cmsghdr) char ctl[CMSG_SPACE(sizeof(int))] = {};
   msghdr m{};
   m.msg_iov = &iov;
@@ -271,11 +271,23 @@ int kvfs_file_register(kvfs_client* c, int fd) {
   h->cmsg_type = SCM_RIGHTS;
   h->cmsg_len = CMSG_LEN(sizeof(int));
   memcpy(CMSG_DATA(h), &fd, sizeof fd);
-  int err = sendmsg(sock, &m, MSG_NOSIGNAL) == ssize_t(sizeof q) ? recv_reply(sock, q.type, &r, fds) : -EREMOTEIO;
+  int err = -EREMOTEIO;
+  if (sendmsg(sock, &m, MSG_NOSIGNAL) == ssize_t(sizeof *q)) {
+    err = recv_reply(sock, q->type, &r, fds);
+  } else if (errno == EBADF) {
+    err = -EBADF;  // the caller's descriptor
+  }
   close_fds(fds);
   close(sock);
   if (err == 0) err = r.err;
   return err != 0 ? err : int(r.id);
+}
+
+int kvfs_file_register(kvfs_client* c, int fd) {
+  if (c == nullptr || fd < 0) return -EINVAL;
+  CtlRequest q;
+  init_request(&q, Ctl::FileOpen);
+  return descriptor_call(c, &q, fd);
 }
 
 int kvfs_file_unregister(kvfs_client* c, int handle) { return simple_call(c, Ctl::FileClose, uint32_t(handle)); }
@@ -327,4 +339,21 @@ int kvfs_ring_destroy(kvfs_ring* r) {
   std::erase(c->rings, r);
   unmap_ring(r);
   return err;
+}
+
+int kvfs_ring_event_fd(kvfs_ring* r) {
+  if (r == nullptr) return -EINVAL;
+  kvfs_client* c = r->client;
+  std::lock_guard<std::mutex> g(c->mu);
+  if (r->event_fd >= 0) return r->event_fd;
+  CtlRequest q;
+  CtlReply reply;
+  int fds[2];
+  init_request(&q, Ctl::RingEvent);
+  q.id = r->id;
+  int err = control_call(c, &q, &reply, fds);
+  if (err != 0) return err;
+  if (fds[0] < 0) return -EPROTO;
+  r->event_fd = fds[0];
+  return r->event_fd;
 }

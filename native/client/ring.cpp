@@ -1,6 +1,7 @@
 // ring.cpp owns libkvfs's data path: prepare, submit, wait, and the blocking batches over them. No system call except
 // to wake a sleeping daemon or to sleep.
 #include <linux/futex.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -76,12 +77,32 @@ int kvfs_submit(kvfs_ring* r) {
 
 int kvfs_peek(kvfs_ring* r, kvfs_cqe* out, int max) {
   if (forked(r->client)) return -ECHILD;
+  if (r->armed) {
+    char bytes[64];
+    ssize_t n = recv(r->event_fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    r->armed = false;
+    r->q.disarm();
+    if (n == 0 && r->q.ready() == 0) return r->q.broken() != 0 ? -int(r->q.broken()) : -EREMOTEIO;
+  }
+  if (r->q.ready() == 0) return -int(r->q.broken());
   return max <= 0 ? 0 : r->q.pop(out, max);
+}
+
+int kvfs_arm(kvfs_ring* r, int min) {
+  if (forked(r->client)) return -ECHILD;
+  if (r->event_fd < 0 || min < 1 || uint32_t(min) > r->q.entries()) return -EINVAL;
+  r->armed = true;
+  uint32_t tail = r->q.arm(uint32_t(min), KVFS_WAKE_EVENT);
+  return tail - r->q.cq_head() >= uint32_t(min) || r->q.broken() != 0 ? 1 : 0;
 }
 
 int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns) {
   if (forked(r->client)) return -ECHILD;
   if (min < 1 || max < min || uint32_t(min) > r->q.entries()) return -EINVAL;
+  if (r->armed) {
+    r->armed = false;
+    r->q.disarm();
+  }
   if (uint32_t(min) > r->q.inflight() - r->q.unpublished()) return -EDEADLK;  // would never come
   if (r->q.ready() >= uint32_t(min)) return r->q.pop(out, max);
   spin(r, uint32_t(min));

@@ -49,6 +49,10 @@ enum kvfs_opcode {
 #define KVFS_SQE_FUSE 0x02u    /* in-process only: this read fills the kernel's page cache */
 #define KVFS_SQE_NOTOUCH 0x04u /* do not count this access for eviction */
 
+/* How a sleeping client is woken. */
+#define KVFS_WAKE_FUTEX 1u /* FUTEX_WAKE on cq_tail */
+#define KVFS_WAKE_EVENT 2u /* a byte to the ring's event socket */
+
 struct kvfs_sqe { /* 128 bytes, two cache lines; file operations use only the first */
   uint8_t opcode;
   uint8_t flags;
@@ -102,7 +106,7 @@ struct kvfs_ring_hdr {
   uint8_t rsv3[56];
   /* line 4: written by the client */
   uint32_t cq_head;
-  uint32_t cq_need_wake; /* 1: the client sleeps (or is about to) on cq_tail: FUTEX_WAKE after publishing */
+  uint32_t cq_need_wake; /* KVFS_WAKE_*: the client sleeps or is about to, and how to wake it after publishing */
   uint32_t cq_wake_at;   /* the daemon wakes only once cq_tail has reached this (modulo 2^32) */
   uint8_t rsv4[52];
   uint8_t pad[4096 - 5 * 64];

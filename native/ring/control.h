@@ -87,7 +87,8 @@ inline int ctl_parse(const void* buf, size_t len, CtlRequest* out) {
                  ? 0
                  : -EINVAL;
     case Ctl::IovImport:
-      return out->a != 0 && out->a <= (uint64_t(1) << 40) && out->b <= (uint64_t(1) << 60) && (out->a | out->b) % 4096 == 0
+      return out->a != 0 && out->a <= (uint64_t(1) << 40) && out->b <= (uint64_t(1) << 60) &&
+                     (out->a | out->b) % 4096 == 0
                  ? 0
                  : -EINVAL;
     case Ctl::Hello:

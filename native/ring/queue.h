@@ -107,10 +107,10 @@ class ClientRing {
 
   // Sleep protocol: flag, fence, look again (ready()), then futex-wait on cq_tail with the value returned here. The daemon
   // wakes once `min` completions are there.
-  uint32_t arm(uint32_t min = 1) {
+  uint32_t arm(uint32_t min = 1, uint32_t how = KVFS_WAKE_FUTEX) {
     store_relaxed(&hdr_->cq_wake_at, cq_head_ + min);
-    store_release(&hdr_->cq_need_wake, 1);  // release: who sees the flag sees the mark
-    full_fence();                           // flag before tail, see DaemonRing::publish
+    store_release(&hdr_->cq_need_wake, how);  // release: who sees the flag sees the mark
+    full_fence();                             // flag before tail, see DaemonRing::publish
     return load_acquire(&hdr_->cq_tail);
   }
   void disarm() { store_relaxed(&hdr_->cq_need_wake, 0); }  // relaxed: a wake too many does no harm
@@ -180,15 +180,15 @@ class DaemonRing {
 
   bool dirty() const { return published_ != cq_tail_; }
 
-  // Once per turn. Returns true if the client sleeps and must be woken.
-  bool publish() {
+  // Once per turn. Returns how the client must be woken (KVFS_WAKE_*), 0 if it does not sleep.
+  uint32_t publish() {
     store_release(&hdr_->sq_head, sq_head_);  // for diagnostics; clients bound themselves by CQEs
-    if (published_ == cq_tail_) return false;
+    if (published_ == cq_tail_) return 0;
     published_ = cq_tail_;
     store_release(&hdr_->cq_tail, cq_tail_);  // release: CQE bytes and data before the tail
     full_fence();  // tail before flag; the client does flag, fence, tail: one of the two sees the other
-    return load_acquire(&hdr_->cq_need_wake) != 0 &&  // acquire: cq_wake_at is at least as new
-           static_cast<int32_t>(cq_tail_ - load_relaxed(&hdr_->cq_wake_at)) >= 0;
+    const uint32_t how = load_acquire(&hdr_->cq_need_wake);  // acquire: cq_wake_at is at least as new
+    return how != 0 && static_cast<int32_t>(cq_tail_ - load_relaxed(&hdr_->cq_wake_at)) >= 0 ? how : 0;
   }
 
   // Sleep protocol of the daemon: set the flag on every ring, one full_fence(), then look for SQEs once more.

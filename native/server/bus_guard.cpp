@@ -31,7 +31,8 @@ void on_bus(int sig, siginfo_t* info, void* context) {
     if (base == 0 || at - base >= size) continue;
     void* mem = reinterpret_cast<void*>(base);
     g.hit.store(true, std::memory_order_release);
-    if (mmap(mem, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == mem) {
+    if (mmap(mem, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) ==
+        mem) {
       errno = saved;
       return;
     }

@@ -2,13 +2,16 @@
 #include "files.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,7 +31,23 @@ struct Answer {
   std::condition_variable cv;
   bool ready = false;
   int result = 0;
+
+  void set(int value) {
+    std::lock_guard<std::mutex> g(mu);
+    result = value;
+    ready = true;
+    cv.notify_one();
+  }
+  int get() {
+    std::unique_lock<std::mutex> g(mu);
+    return cv.wait_for(g, std::chrono::seconds(5), [&] { return ready; }) ? result : -ETIMEDOUT;
+  }
 };
+
+void answer(int result, CtlReply* r) {
+  r->err = result < 0 ? result : 0;
+  if (result >= 0) r->id = uint32_t(result);
+}
 }  // namespace
 
 FileServer::~FileServer() {
@@ -128,10 +147,12 @@ int FileServer::take(int conn) {
   int fd = fds[0];
   CtlRequest q{};
   int err = n == 0 ? -EPIPE : ctl_parse(buf, size_t(n), &q);
-  if (err != 0 || Ctl(q.type) != Ctl::FileOpen || fds[1] >= 0) {
+  const bool ours = Ctl(q.type) == Ctl::FileOpen || Ctl(q.type) == Ctl::IovImport;
+  if (err != 0 || !ours || fds[1] >= 0) {
     if (fd >= 0) close(fd);
     return err != 0 ? err : -EPROTO;
   }
+  if (Ctl(q.type) == Ctl::IovImport) return import_memory(conn, q, fd);
   CtlReply r{};
   r.magic = kCtlMagic;
   r.version = kCtlVersion;
@@ -153,22 +174,48 @@ int FileServer::take(int conn) {
     } else {
       int acc = flags & O_ACCMODE;
       auto a = std::make_shared<Answer>();
-      control_->bind_file(q.token, stx.stx_ino, acc != O_WRONLY, acc != O_RDONLY, [a](int result) {
-        std::lock_guard<std::mutex> g(a->mu);
-        a->result = result;
-        a->ready = true;
-        a->cv.notify_one();
-      });
-      std::unique_lock<std::mutex> g(a->mu);
-      bool ok = a->cv.wait_for(g, std::chrono::seconds(5), [&] { return a->ready; });
-      r.err = !ok ? -ETIMEDOUT : a->result < 0 ? a->result : 0;
-      if (r.err == 0) r.id = uint32_t(a->result);
+      control_->bind_file(q.token, stx.stx_ino, acc != O_WRONLY, acc != O_RDONLY, [a](int result) { a->set(result); });
+      answer(a->get(), &r);
     }
   }
   // Answered before the close, which may wait for our own mount.
   bool sent = send(conn, &r, sizeof r, MSG_NOSIGNAL | MSG_DONTWAIT) == ssize_t(sizeof r);
   if (fd >= 0) close(fd);
   return sent ? 0 : -EPIPE;
+}
+
+// Maps what the client shares. Everything asked of the descriptor is answered by the kernel, never by another process.
+int FileServer::import_memory(int conn, const CtlRequest& q, int fd) {
+  CtlReply r{};
+  r.magic = kCtlMagic;
+  r.version = kCtlVersion;
+  r.type = q.type;
+  int flags = fd < 0 ? -1 : fcntl(fd, F_GETFL);
+  struct stat st;
+  struct statfs fs;
+  if (flags < 0 || (flags & O_PATH) != 0) {
+    r.err = -EBADF;
+  } else if (fcntl(fd, F_GET_SEALS) < 0 || fstatfs(fd, &fs) != 0 || fs.f_type != TMPFS_MAGIC) {
+    r.err = -EOPNOTSUPP;  // only memory files know seals; on anything else the calls after this one might wait
+  } else if ((flags & O_ACCMODE) != O_RDWR) {
+    r.err = -EACCES;
+  } else if (q.a > control_->session_bytes()) {
+    r.err = -EDQUOT;
+  } else if (fstat(fd, &st) != 0 || q.b > uint64_t(st.st_size) ||
+             q.a > ((uint64_t(st.st_size) + 4095) & ~uint64_t(4095)) - q.b) {
+    r.err = -EINVAL;
+  } else {
+    void* mem = mmap(nullptr, q.a, PROT_READ | PROT_WRITE, MAP_SHARED, fd, off_t(q.b));
+    if (mem == MAP_FAILED) {
+      r.err = -errno;
+    } else {
+      auto a = std::make_shared<Answer>();
+      control_->bind_iov(q.token, mem, q.a, [a](int result) { a->set(result); });
+      answer(a->get(), &r);
+    }
+  }
+  if (fd >= 0) close(fd);
+  return send(conn, &r, sizeof r, MSG_NOSIGNAL | MSG_DONTWAIT) == ssize_t(sizeof r) ? 0 : -EPIPE;
 }
 
 }  // namespace kvfs

@@ -1,4 +1,5 @@
-// files.h owns the thread that takes open files from clients (`<socket>.fd`): one descriptor proves the right to one file.
+// files.h owns the thread that takes open files and shared memory from clients (`<socket>.fd`): one descriptor proves the
+// right to one file.
 // Closing a descriptor of our own mount makes the kernel send FLUSH to ourselves and wait for the answer, so the thread
 // has its own descriptor table (unshare(CLONE_FILES)): a dying daemon never closes such a descriptor on its main path.
 #pragma once
@@ -22,6 +23,7 @@ class FileServer {
  private:
   void run();
   int take(int conn);  // answers one request; -errno: close the connection
+  int import_memory(int conn, const CtlRequest& q, int fd);
 
   std::string path_;
   ControlServer* control_;

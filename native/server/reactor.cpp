@@ -3,6 +3,7 @@
 
 #include <linux/futex.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -161,16 +162,25 @@ void Reactor::sleep() {
   for (Ring* r : rings_) r->q.need_wake(false);
 }
 
+void Reactor::wake(Ring* r, uint32_t how) {
+  if ((how & KVFS_WAKE_FUTEX) != 0) futex_wake(r->q.futex_word());
+  int fd = r->event_fd.load(std::memory_order_acquire);
+  if ((how & KVFS_WAKE_EVENT) == 0 || fd < 0) return;
+  ssize_t n = send(fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+  (void)n;  // EAGAIN: it is readable already
+}
+
 void Reactor::publish() {
   for (Ring* r : rings_) {
-    const bool dirty = r->q.dirty(), sleeper = r->q.publish();
+    const bool dirty = r->q.dirty();
+    const uint32_t sleeper = r->q.publish();
     if (r->notify_fd >= 0) {
       if (!dirty) continue;
       uint64_t one = 1;
       ssize_t n = write(r->notify_fd, &one, sizeof one);
       (void)n;
-    } else if (sleeper) {
-      futex_wake(r->q.futex_word());
+    } else if (sleeper != 0) {
+      wake(r, sleeper);
     }
   }
 }
@@ -182,7 +192,7 @@ void Reactor::look(Ring* r) {
   r->ready = r->q.refresh();
   if (!was_broken && r->q.broken() != 0) {
     ++stats_.broken_rings;
-    futex_wake(r->q.futex_word());
+    wake(r, KVFS_WAKE_FUTEX | KVFS_WAKE_EVENT);
   }
 }
 

@@ -40,11 +40,11 @@ struct Ring {
   DaemonRing q;
   void* mem = nullptr;
   uint64_t bytes = 0;
-  int wake_fd = -1;            // the client writes it when sq_need_wake is set
+  int wake_fd = -1;               // the client writes it when sq_need_wake is set
   std::atomic<int> event_fd{-1};  // a socket to write to when the client waits on its other end (-1: it has none)
-  int notify_fd = -1;          // in-process ring: eventfd written instead of a futex wake (-1: futex)
-  Session* session = nullptr;  // null: in-process
-  int poll_handle = -1;        // of wake_fd in the Uring
+  int notify_fd = -1;             // in-process ring: eventfd written instead of a futex wake (-1: futex)
+  Session* session = nullptr;     // null: in-process
+  int poll_handle = -1;           // of wake_fd in the Uring
   bool closing = false;
   uint32_t ready = 0;  // SQEs to take this turn
 };
@@ -158,6 +158,7 @@ class Reactor {
   bool step_jobs();
 
   void publish();
+  void wake(Ring* r, uint32_t how);
   bool work_waiting();
   bool spin();
   void sleep();
