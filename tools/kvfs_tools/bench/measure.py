@@ -127,6 +127,11 @@ def _get(target: str, block: int, depth: int, total: Callable[[Plan], int], op: 
     return run
 
 
+def _evict(c: _Context, first: int, count: int) -> None:
+    # Durable: only then is the space free again, and the next puts need not push out blocks that are to be read.
+    c.ring.run(HOT, "evict", flags=["--durable"], depth=DEPTH, first=first, count=count)
+
+
 def _put(block: int, depth: int, *, durable: bool):
     def run(c: _Context) -> RingResult:
         count = c.plan.puts // block
@@ -137,7 +142,7 @@ def _put(block: int, depth: int, *, durable: bool):
         )
         if done.there:
             raise BenchError(f"{done.there} blocks to be put were there already")
-        c.ring.run(HOT, "evict", depth=DEPTH, first=first, count=done.ops)
+        _evict(c, first, done.ops)
         return done
 
     return run
@@ -164,7 +169,7 @@ def _prepare(c: _Context, listen: Listener) -> None:
     count = int(free * 0.9) // MB1
     first = c.fresh(count)
     c.ring.run(HOT, "put", size=MB1, depth=BIG_DEPTH, first=first, count=count)
-    c.ring.run(HOT, "evict", depth=DEPTH, first=first, count=count)
+    _evict(c, first, count)
     listen.step("writing the blocks that are read")
     c.ring.run(SMALL, "put", size=KB4, depth=DEPTH, count=c.plan.small_set // KB4)
     c.ring.run(BIG, "put", size=MB1, depth=BIG_DEPTH, count=c.plan.big_set // MB1)
