@@ -175,6 +175,8 @@ void StoreImpl::checkpoint_start() {
   ck_ = Ck::Scan;
   ck_err_ = 0;
   ck_id_ = 1;
+  ck_fill_ = nullptr;
+  ck_from_seq_ = last_seq();
   ck_super_ = super_;
   ck_super_.clean = 0;
   ck_super_.generation++;
@@ -187,14 +189,19 @@ void StoreImpl::checkpoint_start() {
 
 void StoreImpl::checkpoint_step() {
   if (ck_ == Ck::Scan) {
+    // Pages are filled to the brim, so that their number follows from the entries'; a turn looks at 8192 ids at most.
+    uint32_t seen = 0;
     for (auto& page : ck_page_) {
       if (page.busy || ck_id_ > index_.capacity() || ck_err_) continue;
+      if (ck_fill_ && ck_fill_ != &page) continue;
       auto* h = static_cast<PageHeader*>(page.buf);
-      std::memset(page.buf, 0, kCheckpointPage);
+      if (!ck_fill_) std::memset(page.buf, 0, kCheckpointPage);
+      ck_fill_ = &page;
       auto* rec = reinterpret_cast<Record*>(h + 1);
-      // Bounded work per turn: at most a page of records or 8192 ids.
-      for (uint32_t seen = 0; ck_id_ <= index_.capacity() && h->records < kPageRecords && seen < 8192; ck_id_++, seen++)
+      for (; ck_id_ <= index_.capacity() && h->records < kPageRecords && seen < 8192; ck_id_++, seen++)
         if (index_.live(ck_id_)) rec[h->records++] = record_of(ck_id_);
+      if (ck_id_ <= index_.capacity() && h->records < kPageRecords) break;
+      ck_fill_ = nullptr;
       if (h->records == 0) continue;
       if (ck_super_.checkpoint_pages % geo_.pages_per_segment() == 0) {
         const uint32_t seg =
@@ -223,17 +230,35 @@ void StoreImpl::checkpoint_step() {
       dev_.submit(&page.io);
     }
     if ((ck_id_ > index_.capacity() || ck_err_) && ck_pages_inflight_ == 0) {
+      if (!ck_err_ && ck_super_.checkpoint_segments > checkpoint_need(0)) ck_err_ = ENOSPC;
       if (ck_err_) {
         for (uint32_t i = 0; i < ck_super_.checkpoint_segments; i++)
           alloc_->give_segment(ck_super_.checkpoint_segment[i]);
         ck_ = Ck::Idle;
-        return fail(ck_err_);
+        if (ck_err_ != ENOSPC) return fail(ck_err_);
+        return checkpoint_no_room();
       }
       ck_ = Ck::Journal;
       ck_seq_ = last_seq();  // everything the pages may have seen
     }
   }
   if (ck_ == Ck::Journal && written_seq_ >= ck_seq_) checkpoint_next();
+}
+
+// The old checkpoint and the journal stay in force. Chunks deleted and put again during the scan were met twice: the next
+// scan runs while mutations wait. If there were none, waiting is in vain, and who waits is told.
+void StoreImpl::checkpoint_no_room() {
+  ck_calm_ = last_seq() != ck_from_seq_;
+  if (ck_calm_) {
+    ck_wanted_ = true;
+    return;
+  }
+  ck_short_ = alloc_->free_segments();
+  for (Request* r : ck_waiters_) complete(r, -ENOSPC);
+  ck_waiters_.clear();
+  std::deque<Request*> refused;
+  refused.swap(stalled_);
+  for (Request* r : refused) complete(r, -ENOSPC);
 }
 
 void StoreImpl::on_checkpoint_page(Io* io) {
@@ -277,6 +302,8 @@ void StoreImpl::on_checkpoint_io(Io* io) {
   s->tail_v_ = s->super_.journal_start;
   s->ck_ = Ck::Idle;
   s->st_.checkpoints++;
+  s->ck_calm_ = false;
+  s->ck_short_ = kEnough;
   for (Request* r : s->ck_waiters_) s->complete(r, 0);
   s->ck_waiters_.clear();
 }

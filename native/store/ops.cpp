@@ -225,7 +225,7 @@ bool StoreImpl::needs_stall() const {
   // Room for what is in flight, with a full group of slack per queued group.
   const uint64_t pending =
       uint64_t{writes_in_flight_} * kMaxPieces * 2 * sizeof(Record) + (open_.size() + 2) * 2 * kGroupMax;
-  return journal_used() + pending > geo_.journal_bytes * 7 / 8;
+  return ck_calm_ || journal_used() + pending > geo_.journal_bytes * 7 / 8;
 }
 
 void StoreImpl::start_put(Request* r) {
@@ -332,10 +332,10 @@ void StoreImpl::write_merged(WriteOp* op) {
 // Allocates, checksums and writes the pieces of the new chunk.
 void StoreImpl::launch_write(WriteOp* op) {
   const uint32_t n = pieces_of(op->total);
-  const uint32_t reserve = reserve_segments();
+  const uint32_t reserve = reserve_segments(n);
   for (uint32_t k = 0; k < n; k++) {
     const uint32_t len = std::min(kPieceMax, op->total - k * kPieceMax);
-    const uint64_t off = alloc_->alloc(len, reserve);
+    const uint64_t off = alloc_->free_segments() < reserve ? 0 : alloc_->alloc(len, reserve);
     if (off == 0) {
       for (Piece* p : op->pieces) {
         alloc_->release(p->off);
@@ -352,6 +352,7 @@ void StoreImpl::launch_write(WriteOp* op) {
     p->len = len;
     op->pieces.push_back(p);
   }
+  KVFS_CHECK(alloc_->free_segments() >= reserve);  // the next checkpoint fits, here and after a crash
   op->pending = 1;
   for (uint32_t k = 0; k < n; k++) write_piece(op->pieces[k], piece_key(op->r->key, k), op->src + k * kPieceMax);
   op->pending--;  // never the last: each piece has a transfer that completes from poll()
@@ -534,10 +535,24 @@ void StoreImpl::start_delete(Request* r) {
 
 // ---- room
 
-// Free segments that the next checkpoint will need, beside the one it replaces.
-uint32_t StoreImpl::reserve_segments() const {
+// Segments for a checkpoint of everything that is there and of `more` new pieces. What was deleted without a barrier,
+// and so may come back in a crash, is in quarantine.
+uint64_t StoreImpl::checkpoint_need(uint32_t more) const {
   const uint64_t per = uint64_t{geo_.pages_per_segment()} * kPageRecords;
-  return static_cast<uint32_t>((uint64_t{index_.size()} + 4096 + per - 1) / per);
+  const uint64_t entries =
+      uint64_t{index_.size()} + quarantine_.size() + uint64_t{writes_in_flight_} * kMaxPieces + more;
+  return (entries + per - 1) / per;
+}
+
+// Free segments to leave, so that the next checkpoint fits, here or in the recovery after a crash. Whichever checkpoint
+// the crash leaves in force (the current one of C segments, or the next one of up to `need`), `need` others must be free:
+// free + C >= 2 * need, and free >= need. UINT32_MAX: no checkpoint holds as many.
+uint32_t StoreImpl::reserve_segments(uint32_t more) const {
+  const uint64_t need = checkpoint_need(more);
+  if (need > kMaxCheckpointSegments) return UINT32_MAX;
+  const uint64_t free = need + (need > super_.checkpoint_segments ? need - super_.checkpoint_segments : 0);
+  const uint32_t taken = ck_ == Ck::Idle ? 0 : ck_super_.checkpoint_segments;  // by the checkpoint under way
+  return static_cast<uint32_t>(free > taken ? free - taken : 0);
 }
 
 bool StoreImpl::short_of_space() const {
@@ -602,8 +617,9 @@ void StoreImpl::retry_space_waiters() {
   for (Request* r : again) {
     const uint32_t len = std::min(r->len, kPieceMax);
     const bool whole = r->op == Request::Op::Put;
-    const uint64_t probe =
-        alloc_->alloc(std::max(whole ? len : std::min(r->off + r->len, kPieceMax), 1u), reserve_segments());
+    const uint32_t reserve = reserve_segments(whole ? pieces_of(r->len) : 1);
+    const uint32_t first = std::max(whole ? len : std::min(r->off + r->len, kPieceMax), 1u);
+    const uint64_t probe = alloc_->free_segments() < reserve ? 0 : alloc_->alloc(first, reserve);
     if (probe) {
       alloc_->release(probe);
       uint32_t tries;

@@ -111,6 +111,7 @@ Status StoreImpl::load_checkpoint() {
       records += h->records;
     }
   }
+  if (Status s = applied(); s.err) return s;
   if (records != super_.checkpoint_records) return {EUCLEAN, "the checkpoint lacks records"};
   return {};
 }
@@ -121,8 +122,12 @@ void StoreImpl::apply(const Record& rec) {
     if (id) index_.erase(id);
     return;
   }
-  if (!id) id = index_.insert(rec.key);
-  KVFS_CHECK(id);
+  int err = 0;
+  if (!id) id = index_.insert(rec.key, &err);
+  if (!id) {
+    if (!apply_err_) apply_err_ = -err;
+    return;
+  }
   segment_class_[alloc_->segment_of(rec.loc * 512)] = rec.slot_class;
   Entry& e = index_.at(id);
   e.set_loc(rec.loc);
@@ -132,6 +137,13 @@ void StoreImpl::apply(const Record& rec) {
   e.mtime = rec.mtime;
   e.set_flag(Entry::kSealed, rec.key.kind == Kind::Block);
   e.set_flag(Entry::kEvictable, rec.evictable != 0);
+}
+
+// What the index could not take, in words.
+Status StoreImpl::applied() const {
+  if (!apply_err_) return {};
+  if (apply_err_ == ENOSPC) return {EUCLEAN, "the records name more namespaces than a store can have"};
+  return {apply_err_, "no memory for the index"};
 }
 
 bool StoreImpl::data_matches(const Record& rec) {
@@ -218,6 +230,7 @@ Status StoreImpl::replay() {
       i = end;
     }
   }
+  if (Status s = applied(); s.err) return s;
   recovered_ = !chain.empty() || !super_.clean;
   head_v_ = v;
   tail_v_ = super_.journal_start;
@@ -271,11 +284,13 @@ int StoreImpl::write_super() {
 Status StoreImpl::checkpoint_now() {
   const uint64_t before = st_.checkpoints;
   ck_wanted_ = true;
-  while (st_.checkpoints == before && !failed_) {
+  ck_short_ = kEnough;
+  while (st_.checkpoints == before && !failed_ && ck_short_ == kEnough) {
     tick(now_ns_ + 1);
     dev_.poll(dev_.inflight() > 0);
   }
   if (failed_) return {failed_, "writing the checkpoint failed"};
+  if (ck_short_ != kEnough) return {ENOSPC, "no segment is free for the checkpoint"};
   return {};
 }
 

@@ -209,7 +209,13 @@ void StoreImpl::tick(uint64_t now_ns) {
     if (lazy_since_ && (now_ns - lazy_since_ >= uint64_t{opt_.lazy_ms} * 500000 || unflushed_bytes_ > (128u << 20)))
       flush_wanted_ = true;
     start_flush();
-    if (ck_wanted_ && ck_ == Ck::Idle) checkpoint_start();
+    if (ck_wanted_ && ck_ == Ck::Idle) {
+      // One that found too few segments is tried again when there are more, or when somebody waits for it.
+      if (ck_short_ == kEnough || alloc_->free_segments() > ck_short_ || !ck_waiters_.empty() || !stalled_.empty())
+        checkpoint_start();
+      else
+        ck_wanted_ = false;
+    }
     checkpoint_step();
     if (short_of_space()) evict_step(4096);
   }

@@ -132,7 +132,8 @@ class StoreImpl final : public Store {
   // eviction and space (ops.cpp)
   bool evict_step(uint32_t budget);
   bool short_of_space() const;
-  uint32_t reserve_segments() const;
+  uint64_t checkpoint_need(uint32_t more) const;
+  uint32_t reserve_segments(uint32_t more) const;
   void wait_for_space(Request* r);
   void retry_space_waiters();
   bool can_defragment() const { return !defrag_barren_ || drain_ != Allocator::kNone; }
@@ -155,6 +156,7 @@ class StoreImpl final : public Store {
   void fail(int err);
   void checkpoint_start();
   void checkpoint_step();
+  void checkpoint_no_room();
   static void on_checkpoint_page(Io* io);
   static void on_checkpoint_io(Io* io);
   void checkpoint_next();
@@ -167,7 +169,8 @@ class StoreImpl final : public Store {
   Status load_checkpoint();
   Status replay();
   bool data_matches(const Record& rec);
-  void apply(const Record& rec);
+  void apply(const Record& rec);  // what does not fit into the index is left out, apply_err_ says so
+  Status applied() const;
   Status claim_all();
   int write_super();
   Status checkpoint_now();
@@ -185,6 +188,7 @@ class StoreImpl final : public Store {
   uint32_t wall_s_ = 0;
   int failed_ = 0;  // errno: the journal can't be written any more; mutations fail, reads go on
   bool recovered_ = false;
+  int apply_err_ = 0;                   // errno of the first record that the index did not take
   std::vector<uint8_t> segment_class_;  // recovery only: by the newest record that names a slot in the segment
 
   Request* done_head_ = nullptr;
@@ -242,6 +246,10 @@ class StoreImpl final : public Store {
   uint32_t ck_id_ = 0, ck_pages_inflight_ = 0;
   uint64_t ck_seq_ = 0;
   int ck_err_ = 0;
+  uint64_t ck_from_seq_ = 0;     // last_seq() when the scan began
+  bool ck_calm_ = false;         // mutations wait: the last scan met too much twice
+  uint32_t ck_short_ = kEnough;  // free segments when the last checkpoint found them too few
+  static constexpr uint32_t kEnough = UINT32_MAX;
   SuperBlock ck_super_{};
   Io ck_io_;
   static constexpr uint32_t kCkDepth = 4;
@@ -250,6 +258,7 @@ class StoreImpl final : public Store {
     void* buf = nullptr;
     bool busy = false;
   } ck_page_[kCkDepth];
+  CkPage* ck_fill_ = nullptr;  // the page being filled
   std::vector<Request*> ck_waiters_;
 
   StoreStats st_{};

@@ -183,18 +183,21 @@ void SimDevice::reset_trace() {
 
 std::vector<size_t> SimDevice::open_writes(size_t n) const {
   KVFS_CHECK(n <= trace_.size());
-  size_t barrier = 0;  // writes done before this event are durable
+  // A failed flush drops what it should have written from the cache that a later flush writes, as Linux does after a
+  // failed fsync: such a write stays open for good.
+  enum : uint8_t { kOpen, kDurable, kDropped };
+  std::vector<uint8_t> state(n);
   for (size_t i = 0; i < n; ++i) {
-    const Event& e = trace_[i];
-    if (e.what == Event::What::FlushDone && e.ok) barrier = std::max(barrier, e.start);
-  }
-  std::vector<uint8_t> durable(n);
-  for (size_t i = 0; i < barrier; ++i) {
-    if (trace_[i].what == Event::What::WriteDone && trace_[i].ok) durable[trace_[i].start] = 1;
+    if (trace_[i].what != Event::What::FlushDone) continue;
+    for (size_t k = 0; k < trace_[i].start; ++k) {
+      if (trace_[k].what != Event::What::WriteDone || !trace_[k].ok) continue;
+      uint8_t& s = state[trace_[k].start];
+      if (s == kOpen) s = trace_[i].ok ? kDurable : kDropped;
+    }
   }
   std::vector<size_t> open;
   for (size_t i = 0; i < n; ++i) {
-    if (trace_[i].what == Event::What::WriteStart && !durable[i]) open.push_back(i);
+    if (trace_[i].what == Event::What::WriteStart && state[i] != kDurable) open.push_back(i);
   }
   return open;
 }

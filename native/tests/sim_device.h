@@ -57,7 +57,7 @@ struct SimFault {
 class SimDevice final : public Device {
  public:
   // What happened, in order. A write is durable at crash point n if its Done lies before a FlushStart whose FlushDone is
-  // among the first n events.
+  // among the first n events; the first such flush decides, and if it failed the write never becomes durable.
   struct Event {
     enum class What : uint8_t { WriteStart, WriteDone, FlushStart, FlushDone };
     What what;
