@@ -200,16 +200,19 @@ unsigned Reactor::drain(Ring* r) {
   if (r->closing || r->q.broken() != 0) return 0;
   uint32_t n = r->ready < kDrainBudget ? r->ready : kDrainBudget;
   if (n > kMaxOps - ops_live_) n = kMaxOps - ops_live_;
+  static_assert(kGroup <= Store::kPrefetch);
   kvfs_sqe group[kGroup];
+  ChunkKey keys[kGroup];
   for (uint32_t done = 0; done < n;) {
-    uint32_t g = n - done < kGroup ? n - done : kGroup;
+    uint32_t g = n - done < kGroup ? n - done : kGroup, hints = 0;
     for (uint32_t i = 0; i < g; ++i) {
       r->q.take(&group[i]);
       // A key prefetched with a wrong namespace costs nothing but the hint.
       NsHandle ns;
       if (g > 1 && op_has_key(group[i].opcode) && resolve_ns(r, group[i], &ns) == 0)
-        store_->prefetch(block_key(ns.ns_id, group[i]));
+        keys[hints++] = block_key(ns.ns_id, group[i]);
     }
+    store_->prefetch(keys, hints);
     for (uint32_t i = 0; i < g; ++i) dispatch(r, group[i]);
     done += g;
   }

@@ -17,7 +17,7 @@ namespace kvfs {
 // One chunk. `next`, `prefix` and `id` are the index's; everything else is the owner's (zero after insert).
 struct __attribute__((packed)) Entry {
   static constexpr uint64_t kMaxLoc = 1ull << 34;  // in 512-byte units: 8 TiB per device
-  static constexpr uint64_t kSealed = 1ull << 58, kEvictable = 1ull << 59, kMain = 1ull << 60, kSpare = 1ull << 61;
+  static constexpr uint64_t kSealed = 1ull << 58, kEvictable = 1ull << 59, kMain = 1ull << 60, kCached = 1ull << 61;
 
   uint32_t next;
   uint16_t prefix;  // 0 = free

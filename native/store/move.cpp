@@ -65,9 +65,8 @@ bool StoreImpl::move_piece(uint32_t id) {
   const uint32_t len = e.len();
   const uint64_t off = alloc_->alloc(len, UINT32_MAX);  // never opens a new segment
   if (off == 0) return false;
-  locks_.try_emplace(base);
-  auto* op = new WriteOp;
-  op->store = this;
+  lock(base);
+  WriteOp* op = write_get(nullptr);
   op->old_id = id;
   op->old_off = e.loc() * 512;
   op->key = key;
@@ -80,17 +79,14 @@ bool StoreImpl::move_piece(uint32_t id) {
   p->off = off;
   p->len = len;
   op->pieces.push_back(p);
-  ops_++;
-  writes_in_flight_++;
   moves_++;
-  auto* read = new ReadOp;
-  read->store = this;
+  ReadOp* read = read_get();
   read->owner = op;
   read->done = [](ReadOp* rd) {
     auto* w = static_cast<WriteOp*>(rd->owner);
     StoreImpl* s = rd->store;
     w->err = rd->err;
-    delete rd;
+    s->read_put(rd);
     if (w->err) return s->commit_move(w);
     s->write_piece(w->pieces[0], w->key, static_cast<uint8_t*>(w->merged));
   };

@@ -9,14 +9,6 @@
 
 namespace kvfs {
 
-namespace {
-ChunkKey piece_key(ChunkKey key, uint32_t piece) {
-  key.rsv[0] = static_cast<uint8_t>(piece);
-  return key;
-}
-uint32_t pieces_of(uint32_t len) { return (len + kPieceMax - 1) / kPieceMax; }
-}  // namespace
-
 StoreImpl::Piece* StoreImpl::piece_get() {
   if (pieces_.empty()) return new Piece;
   Piece* p = pieces_.back();
@@ -30,10 +22,49 @@ void StoreImpl::piece_put(Piece* p) {
   if (p->tr) pool_.put(p->tr, trailer_io_);
   p->bounce = nullptr;
   p->tr = nullptr;
-  if (pieces_.size() < 4096)
+  if (pieces_.size() < kKeepOps)
     pieces_.push_back(p);
   else
     delete p;
+}
+
+ReadOp* StoreImpl::read_get() {
+  ReadOp* op;
+  if (reads_.empty()) {
+    op = new ReadOp;
+  } else {
+    op = reads_.back();
+    reads_.pop_back();
+    *op = ReadOp{};
+  }
+  op->store = this;
+  return op;
+}
+
+void StoreImpl::read_put(ReadOp* op) {
+  if (reads_.size() < kKeepOps)
+    reads_.push_back(op);
+  else
+    delete op;
+}
+
+// In flight until retire(). r: null for a move.
+WriteOp* StoreImpl::write_get(Request* r) {
+  WriteOp* op;
+  if (writes_.empty()) {
+    op = new WriteOp;
+  } else {
+    op = writes_.back();
+    writes_.pop_back();
+    auto pieces = std::move(op->pieces);  // empty, but has memory
+    *op = WriteOp{};
+    op->pieces = std::move(pieces);
+  }
+  op->r = r;
+  op->store = this;
+  ops_++;
+  writes_in_flight_++;
+  return op;
 }
 
 // ---- reads
@@ -48,9 +79,14 @@ void StoreImpl::start_get(Request* r) {
   if (r->off >= e.len() || r->len == 0) return complete(r, 0);
   const uint32_t n = std::min(r->len, e.len() - r->off);
   r->result = n;
-  auto* op = new ReadOp;
+  if (read_cached(id, r->off, n, static_cast<uint8_t*>(r->mem.ptr), !(r->flags & Request::kNoTouch))) {
+    st_.mem_hits++;
+    st_.mem_bytes += n;
+    st_.bytes_read += n;
+    return complete(r, n);
+  }
+  ReadOp* op = read_get();
   op->r = r;
-  op->store = this;
   read_chunk(op, id, r->off, n, static_cast<uint8_t*>(r->mem.ptr), r->mem.fixed);
 }
 
@@ -63,14 +99,16 @@ void StoreImpl::read_chunk(ReadOp* op, uint32_t id, uint32_t off, uint32_t n, ui
   ops_++;
   op->pending = 1;  // held while submitting
   for (uint32_t k = off / kPieceMax; k <= (off + n - 1) / kPieceMax; k++) {
-    const Entry* e = k == 0 ? &index_.at(id) : index_.find(piece_key(key, k));
-    if (!e) {
+    const uint32_t piece_id = k == 0 ? id : index_.id_of(piece_key(key, k));
+    if (!piece_id) {
       op->err = EIO;
       break;
     }
+    const Entry* e = &index_.at(piece_id);
     const uint32_t base = k * kPieceMax;
     Piece* p = piece_get();
     p->read = op;
+    p->id = piece_id;
     p->off = e->loc() * 512;
     p->len = k == 0 ? std::min(total, kPieceMax) : e->len();
     p->csum = e->csum;
@@ -116,7 +154,7 @@ void StoreImpl::read_chunk(ReadOp* op, uint32_t id, uint32_t off, uint32_t n, ui
     epoch_reads_[op->epoch - epoch_base_]--;
     ops_--;
     Request* r = op->r;
-    delete op;
+    read_put(op);
     KVFS_CHECK(r);
     complete(r, -EIO);
   }
@@ -143,12 +181,9 @@ void StoreImpl::on_read_io(Io* io) {
 void StoreImpl::finish_piece_read(Piece* p) {
   ReadOp* op = p->read;
   if (!op->err && opt_.verify) {
-    const uint8_t* data = p->bounce ? static_cast<uint8_t*>(p->bounce) : p->user;
     bool good = true;
-    if (!trailer_bytes(class_of(p->len))) {
-      good = xxh3(data, p->len) == p->csum;
-    } else {
-      const uint64_t* sums = nullptr;
+    const uint64_t* sums = &p->csum;  // of the whole piece
+    if (trailer_bytes(class_of(p->len))) {
       if (p->tr) {
         const uint32_t sub = sub_block(p->len);
         good = xxh3(p->tr, sizeof(Trailer)) == p->csum && p->tr->sums == (p->len + sub - 1) / sub;
@@ -171,14 +206,13 @@ void StoreImpl::finish_piece_read(Piece* p) {
         dev_.submit(&p->trailer);
         return;
       }
-      const uint32_t sub = sub_block(p->len);
-      for (uint32_t at = 0; good && at < p->region_len; at += sub)
-        good = xxh3(data + at, std::min(sub, p->region_len - at)) == sums[(p->region + at) / sub];
     }
-    if (!good) {
+    if (!good || !verify_and_keep(p, sums, wants_copy(p))) {
       st_.checksum_errors++;
       op->err = EIO;
     }
+  } else if (!op->err && wants_copy(p)) {
+    keep_pages(p->id, p->len, p->region, static_cast<uint8_t*>(p->bounce), p->region_len);
   }
   if (!op->err && p->bounce)
     std::memcpy(p->user, static_cast<uint8_t*>(p->bounce) + (p->from - p->region), p->to - p->from);
@@ -190,15 +224,18 @@ void StoreImpl::finish_piece_read(Piece* p) {
   if (op->done) return op->done(op);
   Request* r = op->r;
   const int err = op->err;
-  delete op;
+  read_put(op);
   complete(r, err ? -err : r->result);
 }
 
 // ---- mutations: one at a time per key
 
 bool StoreImpl::lock(Request* r) {
-  auto [it, fresh] = locks_.try_emplace(r->key);
-  if (fresh) return true;
+  const auto it = locks_.find(r->key);
+  if (it == locks_.end()) {
+    lock(r->key);
+    return true;
+  }
   r->next = nullptr;
   if (it->second.tail)
     it->second.tail->next = r;
@@ -208,11 +245,26 @@ bool StoreImpl::lock(Request* r) {
   return false;
 }
 
+void StoreImpl::lock(const ChunkKey& key) {
+  if (lock_nodes_.empty()) {
+    locks_.try_emplace(key);
+    return;
+  }
+  Locks::node_type node = std::move(lock_nodes_.back());
+  lock_nodes_.pop_back();
+  node.key() = key;
+  node.mapped() = {};
+  locks_.insert(std::move(node));
+}
+
 void StoreImpl::unlock(const ChunkKey& key) {
   auto it = locks_.find(key);
   KVFS_CHECK(it != locks_.end());
   Request* r = it->second.head;
-  locks_.erase(it);
+  if (lock_nodes_.size() < kKeepOps)
+    lock_nodes_.push_back(locks_.extract(it));
+  else
+    locks_.erase(it);
   while (r) {  // each takes the lock again in order; the rest queue behind the first
     Request* next = r->next;
     r->next = nullptr;
@@ -243,15 +295,11 @@ void StoreImpl::start_put(Request* r) {
     if ((r->flags & Request::kDurable) && last_seq() > flushed_seq_) return wait_durable(r, last_seq());
     return complete(r, 0);
   }
-  auto* op = new WriteOp;
-  op->r = r;
-  op->store = this;
+  WriteOp* op = write_get(r);
   op->total = r->len;
   op->sealed = true;
   op->src = static_cast<const uint8_t*>(r->mem.ptr);
   op->fixed = r->mem.fixed;
-  ops_++;
-  writes_in_flight_++;
   launch_write(op);
 }
 
@@ -260,16 +308,12 @@ void StoreImpl::start_write(Request* r) {
     unlock(r->key);
     return complete(r, -EINVAL);
   }
-  auto* op = new WriteOp;
-  op->r = r;
-  op->store = this;
+  WriteOp* op = write_get(r);
   op->fixed = r->mem.fixed;
   op->old_id = index_.id_of(r->key);
   const uint32_t old = op->old_id ? index_.at(op->old_id).len() : 0;
   op->version = op->old_id ? index_.at(op->old_id).version + 1 : 1;
   op->total = std::max(old, r->off + r->len);
-  ops_++;
-  writes_in_flight_++;
   if (r->off == 0 && r->len >= old) {  // replaces the whole chunk
     op->src = static_cast<const uint8_t*>(r->mem.ptr);
     return launch_write(op);
@@ -286,16 +330,12 @@ void StoreImpl::start_truncate(Request* r) {
     return complete(r, 0);
   }
   if (r->off == 0) return start_delete(r);
-  auto* op = new WriteOp;
-  op->r = r;
-  op->store = this;
+  WriteOp* op = write_get(r);
   op->old_id = id;
   op->version = index_.at(id).version + 1;
   op->total = r->off;
   op->merged_len = static_cast<uint32_t>(round_up(op->total, dev_.align()));
   op->merged = pool_.get(op->merged_len);
-  ops_++;
-  writes_in_flight_++;
   write_merged(op);
 }
 
@@ -308,24 +348,23 @@ void StoreImpl::write_merged(WriteOp* op) {
     Request* r = w->r;
     if (r->op == Request::Op::Write) std::memcpy(static_cast<uint8_t*>(w->merged) + r->off, r->mem.ptr, r->len);
   };
-  if (!op->old_id) {
+  const uint32_t keep = op->old_id ? std::min(index_.at(op->old_id).len(), op->total) : 0;
+  if (!keep || read_cached(op->old_id, 0, keep, static_cast<uint8_t*>(op->merged), true)) {
     overlay(this, op);
     return launch_write(op);
   }
-  auto* read = new ReadOp;
-  read->store = this;
+  ReadOp* read = read_get();
   read->owner = op;
   read->done = [](ReadOp* rd) {
     auto* w = static_cast<WriteOp*>(rd->owner);
     StoreImpl* s = rd->store;
     const int err = rd->err;
-    delete rd;
+    s->read_put(rd);
     if (err) return s->fail_write(w, err);
     Request* r = w->r;
     if (r->op == Request::Op::Write) std::memcpy(static_cast<uint8_t*>(w->merged) + r->off, r->mem.ptr, r->len);
     s->launch_write(w);
   };
-  const uint32_t keep = std::min(index_.at(op->old_id).len(), op->total);
   read_chunk(read, op->old_id, 0, keep, static_cast<uint8_t*>(op->merged), -1);
 }
 
@@ -436,6 +475,7 @@ void StoreImpl::commit_write(WriteOp* op) {
       return fail_write(op, err < 0 ? -err : err);
     }
     Entry& e = index_.at(id);
+    drop_pages(id);
     const uint32_t before = old_slot && k == 0 ? e.len() : 0;
     e.set_loc(p->off / 512);
     e.set_len(k == 0 ? op->total : p->len);
@@ -445,6 +485,7 @@ void StoreImpl::commit_write(WriteOp* op) {
     e.set_flag(Entry::kSealed, op->sealed);
     e.set_flag(Entry::kEvictable, op->sealed && (r->flags & Request::kEvictable));
     if (p->tr) sums_.fill(p->off, *p->tr);
+    keep_written(op, p, id);
     recs[n++] = record_of(id);
     if (k == 0) {
       st_.data_bytes += op->total - before;
@@ -484,7 +525,10 @@ void StoreImpl::fail_write(WriteOp* op, int err) {
 
 void StoreImpl::retire(WriteOp* op) {
   if (op->merged) pool_.put(op->merged, op->merged_len);
-  delete op;
+  if (writes_.size() < kKeepOps)
+    writes_.push_back(op);
+  else
+    delete op;
   ops_--;
   writes_in_flight_--;
 }
@@ -507,6 +551,7 @@ uint32_t StoreImpl::drop_chunk(uint32_t id, uint64_t) {
     recs[k].type = Record::kDelete;
     recs[k].key = piece_key(key, i);
     recs[k].version = index_.at(pid).version;
+    drop_pages(pid);
     index_.erase(pid);
     k++;
   }

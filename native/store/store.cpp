@@ -104,7 +104,12 @@ Status Store::open(Device& dev, const StoreOptions& opt, std::unique_ptr<Store>*
 }
 
 StoreImpl::StoreImpl(Device& dev, const StoreOptions& opt)
-    : dev_(dev), opt_(opt), sums_(1u << 14), trailer_io_(static_cast<uint32_t>(round_up(kTrailerBytes, dev.align()))) {
+    : dev_(dev),
+      opt_(opt),
+      sums_(1u << 14),
+      tier_(opt.memory_bytes),
+      copy_(sub_block(kPieceMax)),
+      trailer_io_(static_cast<uint32_t>(round_up(kTrailerBytes, dev.align()))) {
   KVFS_CHECK(posix_memalign(&group_buf_, kBlock, kGroupMax + kBlock) == 0);
   for (auto& p : ck_page_) KVFS_CHECK(posix_memalign(&p.buf, kBlock, kCheckpointPage) == 0);
 }
@@ -113,6 +118,8 @@ StoreImpl::~StoreImpl() {
   // Nothing of ours may still be in flight when the memory goes. A store that was not closed is as after a crash.
   while (dev_.inflight()) dev_.poll(true);
   for (Piece* p : pieces_) delete p;
+  for (ReadOp* op : reads_) delete op;
+  for (WriteOp* op : writes_) delete op;
   for (auto& p : ck_page_) free(p.buf);
   free(group_buf_);
 }

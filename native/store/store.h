@@ -75,7 +75,7 @@ struct FormatOptions {
 };
 
 struct StoreOptions {
-  uint64_t memory_bytes = 64u << 20;  // DRAM tier of hot pages (0 = off)
+  uint64_t memory_bytes = 64u << 20;  // DRAM tier of hot pages, and 0.9 % more for its bookkeeping (0 = off)
   uint64_t dirty_bytes = 64u << 20;   // bound of the write-back cache
   bool verify = true;                 // check XXH3 on every device read
   double high_watermark = 0.95;       // fraction of data space where eviction of cache blocks starts
@@ -126,8 +126,10 @@ class Store {
 
   // Synchronous, memory only. Length in bytes or -ENOENT. Sees write-back contents.
   virtual int64_t lookup(const ChunkKey& key, ChunkInfo* info) = 0;
-  // Prefetch hint for a coming lookup/submit of this key.
-  virtual void prefetch(const ChunkKey& key) = 0;
+  // Loads what coming lookups and Gets of these keys will touch into the CPU's caches: index entries, and the first page
+  // where the DRAM tier has it. The misses of up to kPrefetch keys overlap. A hint: nothing changes.
+  static constexpr uint32_t kPrefetch = 16;
+  virtual void prefetch(const ChunkKey* keys, uint32_t n) = 0;
   // Walks the index from *cursor (0 = start) examining at most `budget` entries; calls fn for chunks of (kind, ns)
   // (ns 0xffffffff = any); fn returns false to stop before consuming that entry. Sets *cursor; returns false at the end.
   // An entry present for the whole scan is reported at least once; callers dedup by key if they must.

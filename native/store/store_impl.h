@@ -9,6 +9,7 @@
 #include "check.h"
 #include "index.h"
 #include "layout.h"
+#include "memory_tier.h"
 #include "store.h"
 
 namespace kvfs {
@@ -16,6 +17,12 @@ namespace kvfs {
 struct KeyHash {
   size_t operator()(const ChunkKey& k) const { return xxh3(&k, sizeof k); }
 };
+
+inline ChunkKey piece_key(ChunkKey key, uint32_t piece) {
+  key.rsv[0] = static_cast<uint8_t>(piece);
+  return key;
+}
+inline uint32_t pieces_of(uint32_t len) { return (len + kPieceMax - 1) / kPieceMax; }
 
 // Aligned scratch memory, recycled by size. Bounded by the operations in flight.
 class BufferPool {
@@ -72,7 +79,7 @@ class StoreImpl final : public Store {
   uint64_t deadline_ns() const override;
   bool busy() const override;
   int64_t lookup(const ChunkKey& key, ChunkInfo* info) override;
-  void prefetch(const ChunkKey& key) override { index_.prefetch(key); }
+  void prefetch(const ChunkKey* keys, uint32_t n) override;
   bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
             const std::function<bool(const ChunkInfo&)>& fn) override;
   StoreStats stats() const override;
@@ -94,6 +101,7 @@ class StoreImpl final : public Store {
     struct ReadOp* read = nullptr;
     struct WriteOp* write = nullptr;
     uint64_t off = 0;  // device offset of the slot
+    uint32_t id = 0;   // read: the piece's entry
     uint32_t len = 0;  // bytes of the piece
     uint64_t csum = 0;
     uint32_t region = 0;  // read: first byte read; region_len bytes follow
@@ -109,6 +117,9 @@ class StoreImpl final : public Store {
  private:
   Piece* piece_get();
   void piece_put(Piece* p);
+  struct ReadOp* read_get();
+  void read_put(struct ReadOp* op);
+  struct WriteOp* write_get(Request* r);
   void start_get(Request* r);
   void read_chunk(struct ReadOp* op, uint32_t id, uint32_t off, uint32_t n, uint8_t* dst, int fixed);
   static void on_read_io(Io* io);
@@ -124,10 +135,19 @@ class StoreImpl final : public Store {
   void commit_write(struct WriteOp* op);
   void fail_write(struct WriteOp* op, int err);
   void retire(struct WriteOp* op);
-  bool lock(Request* r);  // false: queued behind another mutation of the same key
+  bool lock(Request* r);           // false: queued behind another mutation of the same key
+  void lock(const ChunkKey& key);  // of a chunk that is not locked
   void unlock(const ChunkKey& key);
   uint32_t drop_chunk(uint32_t id, uint64_t seq_hint);  // removes index entries + slots, journals; pieces dropped
   bool needs_stall() const;
+
+  // memory.cpp: the DRAM tier
+  bool read_cached(uint32_t id, uint32_t off, uint32_t n, uint8_t* dst, bool touch);
+  bool wants_copy(const Piece* p);
+  bool verify_and_keep(const Piece* p, const uint64_t* sums, bool keep);
+  void keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n);
+  void keep_written(const struct WriteOp* op, const Piece* p, uint32_t id);
+  void drop_pages(uint32_t id);
 
   // eviction and space (ops.cpp)
   bool evict_step(uint32_t budget);
@@ -183,7 +203,9 @@ class StoreImpl final : public Store {
   std::unique_ptr<Allocator> alloc_;
   BufferPool pool_;
   SumsCache sums_;
-  uint32_t trailer_io_;  // bytes of a trailer I/O: 512 or the device's block
+  MemoryTier tier_;
+  std::vector<uint8_t> copy_;  // one sub-block, out of its owner's reach
+  uint32_t trailer_io_;        // bytes of a trailer I/O: 512 or the device's block
   uint64_t now_ns_ = 0;
   uint32_t wall_s_ = 0;
   int failed_ = 0;  // errno: the journal can't be written any more; mutations fail, reads go on
@@ -197,8 +219,14 @@ class StoreImpl final : public Store {
     Request* head = nullptr;
     Request* tail = nullptr;
   };
-  std::unordered_map<ChunkKey, Waiters, KeyHash> locks_;
-  std::vector<Piece*> pieces_;       // free list
+  using Locks = std::unordered_map<ChunkKey, Waiters, KeyHash>;
+  Locks locks_;
+  std::vector<Locks::node_type> lock_nodes_;  // free list
+  // Free lists, of kKeepOps at most.
+  static constexpr size_t kKeepOps = 4096;
+  std::vector<Piece*> pieces_;
+  std::vector<struct ReadOp*> reads_;
+  std::vector<struct WriteOp*> writes_;
   std::deque<Request*> stalled_;     // wait for journal space
   std::deque<Request*> space_wait_;  // wait for a slot
   uint32_t ops_ = 0;                 // reads and writes in flight

@@ -147,7 +147,7 @@ TEST(Index, EntryFieldsDoNotDisturbEachOther) {
   uint64_t loc = 0;
   uint32_t len = 1, freq = 0;
   bool flags[4] = {};
-  const uint64_t masks[4] = {Entry::kSealed, Entry::kEvictable, Entry::kMain, Entry::kSpare};
+  const uint64_t masks[4] = {Entry::kSealed, Entry::kEvictable, Entry::kMain, Entry::kCached};
   for (int i = 0; i < 100'000; ++i) {
     switch (rng.below(4)) {
       case 0:

@@ -70,7 +70,8 @@ inline SimOptions sim(uint64_t seed, uint64_t size = 64u << 20, uint32_t align =
 constexpr FormatOptions kSmall{.size = 0, .segment_bytes = 1u << 20, .journal_bytes = 1u << 20};
 
 struct Harness {
-  explicit Harness(SimDevice& d, StoreOptions o = {}) : dev(d), opt(o) {}
+  // Without the DRAM tier, so that reads reach the device.
+  explicit Harness(SimDevice& d, StoreOptions o = {.memory_bytes = 0}) : dev(d), opt(o) {}
   Status open() { return Store::open(dev, opt, &store); }
   void turn() {
     now += 1000000;

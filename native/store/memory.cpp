@@ -1,0 +1,136 @@
+// memory.cpp owns what the store does with its DRAM tier: reads from it, and which verified bytes go into it.
+//
+// A client can change its memory at any time, and what is kept here is given to others: bytes in a client's memory are
+// copied first and verified in the copy. Pages are found by entry id, so every change of an entry's bytes and every
+// erased entry drops them; moving a chunk changes no bytes. A read that began before an overwrite keeps nothing: the
+// entry's place has changed, and the old slot goes to nobody else before the read has ended.
+#include <algorithm>
+
+#include "store_impl.h"
+
+namespace kvfs {
+
+namespace {
+constexpr uint32_t kPage = MemoryTier::kFrame;
+// Larger chunks are kept at the second read within the ghost's memory: one is a scan more often than not, and copying
+// costs as much as the read.
+constexpr uint32_t kKeepAtOnce = 64u << 10;
+}  // namespace
+
+void StoreImpl::prefetch(const ChunkKey* keys, uint32_t n) {
+  KVFS_CHECK(n <= kPrefetch);
+  for (uint32_t i = 0; i < n; i++) index_.prefetch(keys[i]);
+  for (uint32_t i = 0; i < n; i++) index_.prefetch_entry(keys[i]);
+  if (!tier_.on()) return;
+  uint32_t ids[kPrefetch];
+  for (uint32_t i = 0; i < n; i++) {
+    ids[i] = index_.id_of(keys[i]);
+    if (ids[i] && !index_.at(ids[i]).flag(Entry::kCached)) ids[i] = 0;
+    if (ids[i]) tier_.prefetch(ids[i], 0);
+  }
+  for (uint32_t i = 0; i < n; i++)
+    if (ids[i]) tier_.prefetch_meta(ids[i], 0);
+  for (uint32_t i = 0; i < n; i++) {
+    const uint32_t f = ids[i] ? tier_.find(ids[i], 0) : 0;
+    if (!f) continue;
+    // The rest follows by the CPU's own prefetching of adjacent lines.
+    for (uint32_t line = 0; line < 8; line++) __builtin_prefetch(tier_.data(f) + line * 64);
+  }
+}
+
+// True if all of it was in memory and is now at dst.
+bool StoreImpl::read_cached(uint32_t id, uint32_t off, uint32_t n, uint8_t* dst, bool touch) {
+  if (!tier_.on() || !index_.at(id).flag(Entry::kCached)) return false;
+  const uint32_t end = off + n;
+  if (off / kPage == (end - 1) / kPage && end <= kPieceMax) {
+    const uint32_t f = tier_.find(id, off / kPage);
+    if (!f) return false;
+    if (touch) tier_.touch(f);
+    std::memcpy(dst, tier_.data(f) + off % kPage, n);
+    return true;
+  }
+  uint32_t ids[kMaxPieces];
+  for (uint32_t k = off / kPieceMax; k <= (end - 1) / kPieceMax; k++) {
+    ids[k] = k == 0 ? id : index_.id_of(piece_key(index_.key_of(id), k));
+    if (!ids[k]) return false;
+  }
+  for (uint32_t at = off / kPage; at <= (end - 1) / kPage; at++)
+    if (!tier_.find(ids[at * kPage / kPieceMax], at % (kPieceMax / kPage))) return false;
+  for (uint32_t at = off; at < end;) {
+    const uint32_t f = tier_.find(ids[at / kPieceMax], at % kPieceMax / kPage);
+    const uint32_t step = std::min(kPage - at % kPage, end - at);
+    if (touch) tier_.touch(f);
+    std::memcpy(dst + (at - off), tier_.data(f) + at % kPage, step);
+    at += step;
+  }
+  return true;
+}
+
+// Whether the bytes of this read go into the tier.
+bool StoreImpl::wants_copy(const Piece* p) {
+  const Request* r = p->read->r;
+  if (!tier_.on() || !r || (r->flags & Request::kNoTouch)) return false;
+  if (!opt_.verify && !p->bounce) return false;  // nothing to verify a copy by
+  if (!index_.live(p->id) || index_.at(p->id).loc() * 512 != p->off) return false;
+  return p->len <= kKeepAtOnce || tier_.asked_before(p->id);
+}
+
+// Checks what was read, one sub-block after the other, and keeps it if asked to. sums: of the piece's sub-blocks.
+bool StoreImpl::verify_and_keep(const Piece* p, const uint64_t* sums, bool keep) {
+  const uint8_t* data = p->bounce ? static_cast<uint8_t*>(p->bounce) : p->user;
+  const uint32_t sub = sub_block(p->len);
+  for (uint32_t at = 0; at < p->region_len; at += sub) {
+    const uint32_t n = std::min(sub, p->region_len - at);
+    const uint8_t* src = data + at;
+    if (keep && !p->bounce) {
+      std::memcpy(copy_.data(), src, n);
+      src = copy_.data();
+    }
+    if (xxh3(src, n) != sums[(p->region + at) / sub]) return false;
+    if (keep) keep_pages(p->id, p->len, p->region + at, src, n);
+  }
+  return true;
+}
+
+// [from, from + n) of a piece of `len` bytes: its whole pages, and the piece's last one.
+void StoreImpl::keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n) {
+  for (auto at = static_cast<uint32_t>(round_up(from, kPage)); at < from + n; at += kPage) {
+    const uint32_t want = std::min(kPage, len - at);
+    if (at + want > from + n) break;
+    std::memcpy(tier_.fill(id, at / kPage), data + (at - from), want);
+    index_.at(id).set_flag(Entry::kCached, true);
+  }
+}
+
+// The bytes of a put or write that is being published.
+void StoreImpl::keep_written(const WriteOp* op, const Piece* p, uint32_t id) {
+  if (!tier_.on()) return;
+  if (op->total > kKeepAtOnce) {
+    tier_.asked_before(id);
+    return;
+  }
+  const bool ours = p->bounce || op->merged;
+  const uint8_t* data = p->bounce ? static_cast<uint8_t*>(p->bounce) : op->src;
+  const uint64_t* sums = p->tr ? p->tr->sum : &p->csum;
+  const uint32_t sub = sub_block(p->len);
+  for (uint32_t at = 0; at < p->len; at += sub) {
+    const uint32_t n = std::min(sub, p->len - at);
+    const uint8_t* src = data + at;
+    if (!ours) {
+      std::memcpy(copy_.data(), src, n);
+      src = copy_.data();
+      if (xxh3(src, n) != sums[at / sub]) return;  // its owner changed it meanwhile: a read will say what it is worth
+    }
+    keep_pages(id, p->len, at, src, n);
+  }
+}
+
+void StoreImpl::drop_pages(uint32_t id) {
+  Entry& e = index_.at(id);
+  if (!e.flag(Entry::kCached)) return;
+  const uint32_t len = std::min(e.len(), kPieceMax);
+  for (uint32_t page = 0; page * kPage < len; page++) tier_.drop(id, page);
+  e.set_flag(Entry::kCached, false);
+}
+
+}  // namespace kvfs

@@ -1,0 +1,90 @@
+// memory_tier.h owns the DRAM tier: verified 4 KiB pages of hot chunks, found by (index entry id, page of the entry's data).
+// S3-FIFO: a page enters the small queue (a tenth of the frames), is promoted to the main queue if it was read again
+// before it leaves it, and goes straight to main if it comes back while the ghost remembers it. One scan thus replaces
+// only the small queue. It knows nothing of chunks: the store drops pages before their id gets other bytes.
+// Memory: the frames, plus at most 36 bytes a frame (0.9 %). Nothing is touched before it is used; nothing is allocated
+// after construction.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "ghost.h"
+
+namespace kvfs {
+
+class MemoryTier {
+ public:
+  static constexpr uint32_t kFrame = 4096;
+
+  explicit MemoryTier(uint64_t bytes);  // fewer than 16 frames, or no memory: the tier is off
+  ~MemoryTier();
+  MemoryTier(const MemoryTier&) = delete;
+  MemoryTier& operator=(const MemoryTier&) = delete;
+
+  bool on() const { return frames_ != 0; }
+  uint32_t frames() const { return frames_; }
+  uint32_t resident() const { return queue_[kSmall].count + queue_[kMain].count; }
+  uint64_t overhead_bytes() const;
+
+  // The frame that holds the page, or 0.
+  uint32_t find(uint32_t id, uint32_t page) const {
+    uint32_t f = heads_[bucket(id, page)];
+    while (f != 0 && !(meta_[f].id == id && meta_[f].page == page)) f = meta_[f].chain;
+    return f;
+  }
+  const uint8_t* data(uint32_t frame) const { return base_ + uint64_t{frame - 1} * kFrame; }
+  void touch(uint32_t frame) {
+    if (meta_[frame].freq < 3) meta_[frame].freq++;
+  }
+  // The frame for the page's bytes, which the caller writes at once; another page may go. page < 65536.
+  uint8_t* fill(uint32_t id, uint32_t page);
+  void drop(uint32_t id, uint32_t page);
+
+  // For chunks too large to copy on a first read: whether this id was asked for before, and remembers that it was.
+  bool asked_before(uint32_t id);
+
+  // First the one for all of a batch, then the other.
+  void prefetch(uint32_t id, uint32_t page) const { __builtin_prefetch(&heads_[bucket(id, page)]); }
+  void prefetch_meta(uint32_t id, uint32_t page) const { __builtin_prefetch(&meta_[heads_[bucket(id, page)]]); }
+
+ private:
+  static constexpr uint32_t kSmall = 0, kMain = 1;
+  static constexpr uint32_t kMaxTurns = 64;  // pages of main given another round in one eviction
+  struct Meta {
+    uint32_t id;
+    uint32_t chain;       // next frame in the hash bucket, or the free list
+    uint32_t prev, next;  // in the queue, towards its newest / its oldest page
+    uint16_t page;
+    uint8_t freq;
+    uint8_t queue;
+  };
+  struct Queue {
+    uint32_t newest = 0, oldest = 0, count = 0;
+  };
+
+  static uint64_t hash(uint32_t id, uint32_t page) {
+    uint64_t h = (uint64_t{id} << 17 | page) * 0x9e3779b97f4a7c15ull;
+    h ^= h >> 32;
+    return h * 0xd6e8feb86659fd93ull;
+  }
+  uint32_t bucket(uint32_t id, uint32_t page) const { return static_cast<uint32_t>(hash(id, page) >> 32) & mask_; }
+  void push(uint32_t f, uint32_t queue);
+  void unlink(uint32_t f);
+  void unhash(uint32_t f);
+  uint32_t evict();
+  template <typename T>
+  static T* map(uint64_t n, bool huge);
+
+  uint32_t frames_ = 0;
+  uint32_t fresh_ = 0;  // frames ever used
+  uint32_t free_ = 0;   // list of dropped ones
+  uint32_t mask_ = 0;
+  uint8_t* base_ = nullptr;
+  Meta* meta_ = nullptr;  // [1..frames_]
+  uint32_t* heads_ = nullptr;
+  Queue queue_[2];
+  Ghost ghost_;
+};
+
+}  // namespace kvfs
