@@ -28,6 +28,7 @@ from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.mount import service
 from kvfs.node import Namespace, Node, NodeConfig, format_store
+from kvfs_usrbio.locate import mount_source
 
 REQUEST_MAX: Final = 4096  # bytes of an admin request
 ADMIN_CLIENTS: Final = 16
@@ -190,7 +191,12 @@ class Daemon:
 
             async def serve_mount() -> None:
                 await service.serve(
-                    self.config.mount_point.absolute(), tree, data, self.make_namespace, mounted=mounted
+                    self.config.mount_point.absolute(),
+                    tree,
+                    data,
+                    self.make_namespace,
+                    source=mount_source(self.layout.root),
+                    mounted=mounted,
                 )
                 nursery.cancel_scope.cancel()
 

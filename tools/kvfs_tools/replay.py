@@ -48,6 +48,7 @@ class Report(msgspec.Struct, frozen=True):
     stored: int
     refused: int  # puts that failed (no space, ...)
     vanished: int  # matched, then evicted before the get
+    evictions: int  # of blocks, by the store while the trace ran
     verified_bytes: int
     wrong: int  # blocks that came back with other bytes
     seconds: float
@@ -119,14 +120,16 @@ def replay(
     limit: int | None = None,
     verify: bool = True,
     progress: Callable[[int], None] = lambda _: None,
+    evictions: Callable[[], int] = lambda: 0,
 ) -> Report:
-    """Runs the trace once. `progress` gets 1 after each request."""
+    """Runs the trace once. `progress` gets 1 after each request; `evictions` counts the store's, since it was opened."""
     content = Content(block_bytes)
     step = max(1, min(BATCH, (64 << 20) // block_bytes))
     room = store.alloc(block_bytes * step)
     views = [room[i * block_bytes : (i + 1) * block_bytes] for i in range(step)]
     match, get, put = _Times(), _Times(), _Times()
     count = references = hits = stored = refused = vanished = wrong = moved = 0
+    evicted = evictions()
     begin = time.perf_counter()
     for request in requests(path, limit):
         ids = request.hash_ids
@@ -169,6 +172,7 @@ def replay(
         stored=stored,
         refused=refused,
         vanished=vanished,
+        evictions=evictions() - evicted,
         verified_bytes=(hits - vanished) * block_bytes if verify else 0,
         wrong=wrong,
         seconds=seconds,

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 from kvfs_usrbio._native import ffi, lib
 from kvfs_usrbio.client import Buffer, Client, ForkError, check
+from kvfs_usrbio.locate import mounted_from
 
 MISS = -errno.ENOENT
 SOCKET_NAME = "kvfs.sock"  # in the data directory
@@ -40,7 +41,7 @@ Data = Any  # an object with a contiguous buffer: bytes, bytearray, memoryview, 
 
 
 def socket_path(where: str | os.PathLike[str]) -> str:
-    """The daemon's socket for a socket path, a data directory or kvfs:///either."""
+    """The daemon's socket for a socket path, a data directory, a place on its mount, or kvfs:///any of them."""
     text = os.fspath(where)
     if text.startswith("kvfs:"):
         url = urlsplit(text)
@@ -53,7 +54,7 @@ def socket_path(where: str | os.PathLike[str]) -> str:
     except OSError as e:
         raise OSError(e.errno, f"no kvfs at {path}: {e.strerror}") from None
     if stat.S_ISDIR(mode):
-        path = path / SOCKET_NAME
+        path = (mounted_from(path) or path) / SOCKET_NAME
     return str(path)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import bench, blocks, config, doctor, node, replay
+from kvfs.cli import bench, blocks, config, doctor, ls, mount, node, replay
 
 app = typer.Typer(
     name="kvfs",
@@ -20,6 +20,8 @@ app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("up", epilog=node.UP_EXAMPLES)(node.up)
 app.command("down", epilog=node.DOWN_EXAMPLES)(node.down)
 app.command("status", epilog=node.STATUS_EXAMPLES)(node.status)
+app.command("mount", epilog=mount.EXAMPLES)(mount.mount)
+app.command("ls", epilog=ls.EXAMPLES)(ls.ls)
 app.command("put", epilog=blocks.PUT_EXAMPLES)(blocks.put)
 app.command("get", epilog=blocks.GET_EXAMPLES)(blocks.get)
 app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)

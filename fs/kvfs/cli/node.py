@@ -12,8 +12,11 @@ import trio
 import typer
 
 from kvfs import daemon
-from kvfs.cli.output import fail, print_json
+from kvfs.cli.output import USAGE, fail, print_json
 from kvfs.config import Config, ConfigError, Size, StoreConfig, load
+from kvfs.meta import namespaces
+from kvfs.meta.errors import FsError
+from kvfs_usrbio.locate import mounted_from
 
 UP_EXAMPLES = "Examples:  kvfs up   |   kvfs up --dir /data/kvfs --mount /mnt/kvfs --size 64G --detach"
 DOWN_EXAMPLES = "Examples:  kvfs down   |   kvfs down --dir /data/kvfs"
@@ -21,7 +24,9 @@ STATUS_EXAMPLES = "Examples:  kvfs status   |   kvfs status --dir /data/kvfs --j
 START_S = 120
 STOP_S = 60
 
-Directory = Annotated[Path | None, typer.Option("--dir", help="Data directory (default: the configured one).")]
+Directory = Annotated[
+    Path | None, typer.Option("--dir", help="Data directory, or its mount (default: the configured one).")
+]
 
 
 def configured(file: Path | None = None) -> Config:
@@ -31,8 +36,37 @@ def configured(file: Path | None = None) -> Config:
         fail(str(e))
 
 
+def resolve(directory: Path | None) -> Path:
+    """The data directory that is meant: itself, behind a mount of it, or the configured one."""
+    place = (directory or configured().dir).absolute()
+    return mounted_from(place) or place
+
+
+def split_namespace(text: str) -> tuple[str, str]:
+    """TENANT/NAME; the tenant is `default` where there is none."""
+    tenant, slash, name = text.partition("/")
+    tenant, name = (tenant, name) if slash else ("default", tenant)
+    try:
+        namespaces.check_name(tenant)
+        namespaces.check_name(name)
+    except FsError as e:
+        fail((e.strerror or "").partition(": ")[2] or str(e), code=USAGE)
+    return tenant, name
+
+
+def known_namespaces(place: Path) -> list[str]:
+    """Of the kvfs that runs in this data directory; ends the command if none does."""
+    try:
+        status = daemon.ask(place, "status").status
+    except daemon.DaemonError as e:
+        fail(str(e))
+    return status.namespaces if status is not None else []
+
+
 def up(
-    directory: Directory = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Data directory (default: the configured one).")
+    ] = None,
     mount: Annotated[Path | None, typer.Option("--mount", help="Where to mount (default: DIR/mnt).")] = None,
     size: Annotated[str | None, typer.Option("--size", help="Bytes of a new store, such as 8G.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="Bytes of DRAM for hot blocks.")] = None,
@@ -57,7 +91,13 @@ def up(
         store=store,
     )
     if detach:
-        return _detached(config)
+        run_detached(config)
+    else:
+        run_daemon(config)
+
+
+def run_daemon(config: Config) -> None:
+    """In the foreground, until it is told to stop."""
 
     async def run() -> None:
         started = trio.Event()
@@ -80,7 +120,7 @@ def up(
         fail(str(error))
 
 
-def _detached(config: Config) -> None:
+def run_detached(config: Config) -> None:
     """Starts `kvfs up` in a session of its own and waits until it answers or ends."""
     layout = daemon.Layout(config.dir)
     layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -116,7 +156,7 @@ def _detached(config: Config) -> None:
 
 def down(directory: Directory = None) -> None:
     """Stop the kvfs of a data directory: unmount, write everything, end. Exits 1 if none runs."""
-    place = (directory or configured().dir).absolute()
+    place = resolve(directory)
     try:
         before = daemon.ask(place, "status").status
         daemon.ask(place, "stop")
@@ -143,7 +183,7 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")] = False,
 ) -> None:
     """Show what the kvfs of a data directory holds and has done. Exits 1 if none runs."""
-    place = (directory or configured().dir).absolute()
+    place = resolve(directory)
     try:
         answer = daemon.ask(place, "status")
     except daemon.DaemonError as e:

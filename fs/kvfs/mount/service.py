@@ -95,17 +95,18 @@ async def serve(
     data: DataPlane,
     make_namespace: MakeNamespace,
     *,
+    source: str = "kvfs",
     mounted: Callable[[int], None] = lambda _: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled or unmounted by someone else; then nothing is mounted and every size is in the tree.
 
-    `mounted` gets the mount's st_dev as soon as there is one.
+    `source` is what mount tables name; it holds no comma. `mounted` gets the mount's st_dev as soon as there is one.
     """
     prepare(point)
     ops = MountOps(tree, data, BlockView(tree.store, data, make_namespace))
     await ops.files.recover()
-    options = {"fsname=kvfs", "subtype=kvfs", "default_permissions"}
+    options = {f"fsname={source}", "subtype=kvfs", "default_permissions"}
     if _may_allow_other():
         options.add("allow_other")
     try:
