@@ -27,7 +27,9 @@ from kvfs.meta import namespaces, schema
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.mount import service
-from kvfs.node import Namespace, Node, NodeConfig, format_store
+from kvfs.mount.blocks import Info
+from kvfs.mount.files import OpenFiles
+from kvfs.node import FileQuestions, Namespace, Node, NodeConfig, format_store
 from kvfs_usrbio.locate import mount_source
 
 REQUEST_MAX: Final = 4096  # bytes of an admin request
@@ -188,6 +190,7 @@ class Daemon:
             started.set()
 
         async with DataPlane.open(self.node) as data, trio.open_nursery() as nursery:
+            files = OpenFiles(tree, data)
 
             async def serve_mount() -> None:
                 await service.serve(
@@ -195,13 +198,16 @@ class Daemon:
                     tree,
                     data,
                     self.make_namespace,
+                    files,
+                    Info(socket=str(self.layout.socket), directory=str(self.layout.root)),
                     source=mount_source(self.layout.root),
                     mounted=mounted,
                 )
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(serve_mount)
-            nursery.start_soon(self.node.serve_upcalls, self._resolve)
+            questions = FileQuestions(files.drop_cached, files.store)
+            nursery.start_soon(self.node.serve_upcalls, self._resolve, questions)
             nursery.start_soon(self._serve_admin, data)
             await self.stop.wait()
             nursery.cancel_scope.cancel()

@@ -89,7 +89,8 @@ class _Op:
 @dataclass(frozen=True, slots=True)
 class InodeState:
     size: int
-    dirty: bool
+    written_ns: int
+    """When data was last written, until inode_take; 0: not since."""
 
 
 class DataPlane:
@@ -101,6 +102,8 @@ class DataPlane:
         self._next = 1
         self._cqes = ffi.new("struct kvfs_cqe[]", REAP_BATCH)
         self._pool = _Pool()
+        self._size = ffi.new("uint64_t*")
+        self._when = ffi.new("uint64_t*")
         self._room = trio.lowlevel.ParkingLot()
 
     @staticmethod
@@ -181,17 +184,22 @@ class DataPlane:
         finally:
             self._pool.give(buffer, room)
 
-    # Files. Reads, writes and truncation need the inode open (inode_open).
+    # Files. Reads, writes and truncation need the inode open (inode_open). What is read and written here may stay in
+    # the kernel's page cache, unless a client writes the same file: see Node.serve_upcalls.
 
     async def read(self, ino: int, off: int, size: int) -> bytes:
         """Up to `size` bytes, short at the end of the file; holes are zeros."""
         key = ino.to_bytes(8, "little")
         if size <= IO_MAX:
-            return await self._fill(lib.KVFS_OP_INODE_READ, off, size, f"read inode {ino}", key=key)
+            return await self._fill(
+                lib.KVFS_OP_INODE_READ, off, size, f"read inode {ino}", key=key, flags=lib.KVFS_SQE_FUSE
+            )
         pieces: list[bytes] = []
         while size > 0:
             want = min(size, IO_MAX)
-            piece = await self._fill(lib.KVFS_OP_INODE_READ, off, want, f"read inode {ino}", key=key)
+            piece = await self._fill(
+                lib.KVFS_OP_INODE_READ, off, want, f"read inode {ino}", key=key, flags=lib.KVFS_SQE_FUSE
+            )
             pieces.append(piece)
             if len(piece) < want:
                 break
@@ -209,7 +217,14 @@ class DataPlane:
         try:
             while done < size:
                 want = min(size - done, IO_MAX)
-                n = await self._call(lib.KVFS_OP_INODE_WRITE, memory=base + done, off=off + done, length=want, key=key)
+                n = await self._call(
+                    lib.KVFS_OP_INODE_WRITE,
+                    flags=lib.KVFS_SQE_FUSE,
+                    memory=base + done,
+                    off=off + done,
+                    length=want,
+                    key=key,
+                )
                 if n < 0 and done == 0:
                     check(n, f"write inode {ino}")
                 done += max(n, 0)
@@ -251,12 +266,19 @@ class DataPlane:
     def inode_size(self, ino: int) -> int:
         return check(lib.kvfs_node_inode_size(self._node, ino), f"size of inode {ino}")
 
-    def inode_state(self, ino: int, *, clear: bool = False) -> InodeState:
-        """Size, and whether data was written since the last call with `clear`."""
-        size = ffi.new("uint64_t*")
-        dirty = ffi.new("int*")
-        check(lib.kvfs_node_inode_stat(self._node, ino, size, dirty, int(clear)), f"state of inode {ino}")
-        return InodeState(size[0], dirty[0] != 0)
+    def inode_show(self, ino: int) -> InodeState:
+        """For the kernel, which may keep it: a client's write has it dropped."""
+        check(lib.kvfs_node_inode_show(self._node, ino, self._size, self._when), f"state of inode {ino}")
+        return InodeState(self._size[0], self._when[0])
+
+    def inode_take(self, ino: int) -> InodeState:
+        """For whoever stores it."""
+        check(lib.kvfs_node_inode_take(self._node, ino, self._size, self._when), f"state of inode {ino}")
+        return InodeState(self._size[0], self._when[0])
+
+    def inode_refs(self, ino: int) -> int:
+        """Opens not yet closed, those of clients' file handles among them."""
+        return check(lib.kvfs_node_inode_refs(self._node, ino), f"references of inode {ino}")
 
     def inode_close(self, ino: int) -> int:
         """References left."""

@@ -45,6 +45,16 @@ class Namespace:
     uid: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FileQuestions:
+    """What a client's operation on an open file of the mount waits for; an OSError is passed on to it."""
+
+    drop: Callable[[int], Awaitable[None]]
+    """The client has written to the inode: the kernel's pages and attributes of it must go."""
+    store: Callable[[int], Awaitable[None]]
+    """The client's fsync: the inode's size and times must be made durable."""
+
+
 # Called for a namespace that a client opens and the node does not know: (tenant, name, the client's uid).
 # None: there is none. An OSError is passed on to the client.
 Resolver = Callable[[str, str, int], Awaitable[Namespace | None]]
@@ -133,19 +143,37 @@ class Node:
         if result < 0:
             raise OSError(-result, "the node serves no file handles")
 
-    async def serve_upcalls(self, resolve: Resolver) -> None:
-        """Answers opens of unknown namespaces until cancelled, one at a time."""
+    async def serve_upcalls(self, resolve: Resolver, files: FileQuestions | None = None) -> None:
+        """Answers opens of unknown namespaces, one at a time, and questions about files, side by side, until cancelled.
+
+        Those about files are at most one per open inode and fsync.
+        """
         fd: int = lib.kvfs_node_upcall_fd(self.handle)
         call = ffi.new("struct kvfs_upcall*")
-        while True:
-            await trio.lowlevel.wait_readable(fd)
-            while lib.kvfs_node_next_upcall(self.handle, call) == 1:
-                number: int = call.id
-                answer = errno.EIO
-                try:
-                    answer = await self._resolve(call, resolve)
-                finally:
-                    lib.kvfs_node_answer(self.handle, number, answer)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                while lib.kvfs_node_next_upcall(self.handle, call) == 1:
+                    if call.kind != lib.KVFS_UPCALL_NAMESPACE:
+                        nursery.start_soon(self._answer_file, call.id, call.kind, call.ino, files)
+                        continue
+                    number: int = call.id
+                    answer = errno.EIO
+                    try:
+                        answer = await self._resolve(call, resolve)
+                    finally:
+                        lib.kvfs_node_answer(self.handle, number, answer)
+
+    async def _answer_file(self, number: int, kind: int, ino: int, files: FileQuestions | None) -> None:
+        answer = errno.EIO
+        try:
+            if files is not None:
+                await (files.drop if kind == lib.KVFS_UPCALL_DROP else files.store)(ino)
+            answer = 0
+        except OSError as error:
+            answer = error.errno or errno.EIO
+        finally:
+            lib.kvfs_node_answer(self.handle, number, answer)
 
     async def _resolve(self, call: Any, resolve: Resolver) -> int:
         """0 or the errno for the client."""

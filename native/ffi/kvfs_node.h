@@ -42,10 +42,15 @@ struct kvfs_node_stats {
   uint64_t sessions, rings, iovs, iov_bytes, sqes, bad_sqes, broken_rings, sleeps, turns;
 };
 
+#define KVFS_UPCALL_NAMESPACE 1u /* a client opens namespace (tenant, name) that kvfs_node_ns_put has not named yet */
+#define KVFS_UPCALL_DROP 2u      /* a client wrote to inode `ino`: the kernel's pages and attributes of it must go */
+#define KVFS_UPCALL_STORE 3u     /* a client's fsync: size and times of inode `ino` must be made durable */
+
 struct kvfs_upcall {
   uint64_t id;
-  uint32_t kind; /* 1 = a client opens namespace (tenant, name) that kvfs_node_ns_put has not named yet */
-  uint32_t uid;  /* of the client */
+  uint64_t ino;
+  uint32_t kind;
+  uint32_t uid; /* of the client */
   char tenant[64];
   char name[128];
 };
@@ -72,16 +77,54 @@ int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name); /* ha
 
 int kvfs_node_upcall_fd(kvfs_node* n);                            /* readable when an upcall waits */
 int kvfs_node_next_upcall(kvfs_node* n, struct kvfs_upcall* out); /* 1 = filled, 0 = none */
-/* err 0 (after kvfs_node_ns_put) or -errno for the client. */
+/* err 0 (after kvfs_node_ns_put, after the drop, after the store) or -errno for the client. Every upcall must be
+ * answered: the client's operation waits for it. */
 int kvfs_node_answer(kvfs_node* n, uint64_t id, int err);
 
 /* Open inodes: INODE_* operations and file handles need the inode open. Opens are counted; the first sets the size. */
 int kvfs_node_inode_open(kvfs_node* n, uint64_t ino, uint64_t size);
 int kvfs_node_inode_close(kvfs_node* n, uint64_t ino);    /* references left */
+int kvfs_node_inode_refs(kvfs_node* n, uint64_t ino);     /* opens not yet closed */
 int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open */
-/* Size and whether data was written since the last call with clear != 0. */
-int kvfs_node_inode_stat(kvfs_node* n, uint64_t ino, uint64_t* size, int* dirty, int clear);
+/* What the kernel is to be given: from now on it may hold copies, which a client's write must drop (upcall). Size in
+ * bytes; written_ns: time of the last write (ns since 1970) not yet taken with kvfs_node_inode_take, 0 = none. */
+int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
+/* The same for whoever stores it: the time is taken. */
+int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
 int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
+
+/* Offline check of a store that nobody has open (store/check_store.h says what the problems' numbers mean). */
+struct kvfs_check_config {
+  const char* data_path;
+  uint32_t data, repair, orphans; /* orphans: compare with namespaces and inodes, both ascending */
+  uint32_t namespaces;
+  const uint32_t* ns_ids;
+  uint64_t files;
+  const uint64_t* inos;
+  const uint64_t* sizes;
+};
+/* Shared with a thread that shows progress or interrupts: bytes read and to be read; cancel is set from outside. */
+struct kvfs_check_progress {
+  uint64_t done, total;
+  uint32_t cancel, rsv;
+};
+struct kvfs_check_finding {
+  uint32_t problem, length;
+  uint64_t where;
+  uint8_t kind, key_len, piece, rsv;
+  uint32_t ns;
+  uint8_t id[32];
+};
+struct kvfs_check_report {
+  uint64_t counts[12]; /* by problem */
+  uint64_t chunks, block_chunks, file_chunks, data_bytes, verified_bytes, salvaged;
+  uint32_t closed, repaired;
+  uint64_t findings;
+  struct kvfs_check_finding* finding; /* kvfs_check_free */
+};
+int kvfs_check(const struct kvfs_check_config* cfg, struct kvfs_check_progress* progress, struct kvfs_check_report* out,
+               char* err, size_t err_len);
+void kvfs_check_free(struct kvfs_check_report* report);
 
 #ifdef __cplusplus
 }

@@ -265,7 +265,7 @@ void ControlServer::handle(Client* c, const CtlRequest& q) {
       if (q.id >= c->files_used.size() || !c->files_used[q.id]) return reply(c, q, -EBADF);
       c->files_used[q.id] = false;
       reactor_->post([this, s, id = q.id] {
-        inodes_->close(s->files[id].inode->ino);
+        reactor_->close_file(s->files[id].inode);
         s->files[id] = FileHandle{};
       });
       return reply(c, q, 0);

@@ -70,6 +70,7 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
     case KVFS_OP_READ:
     case KVFS_OP_INODE_READ: {
       if (!can_read) return -EBADF;
+      if (s.flags & KVFS_SQE_FUSE) inode->cached.store(true);  // before anything is read, see settle()
       uint64_t size = inode->size.load(std::memory_order_acquire);
       uint64_t len = s.off >= size ? 0 : size - s.off < s.len ? size - s.off : s.len;
       int err = resolve_mem(r, s, s.len, &iov, &mem);
@@ -97,7 +98,9 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
         finish(r, s.user_data, 0);
         return 0;
       }
+      if (s.flags & KVFS_SQE_FUSE) inode->cached.store(true);
       Job* j = new_job(r, s, Job::Type::Write);
+      j->is_write = true;
       j->inode = inode;
       j->ino = inode->ino;
       j->iov = iov;
@@ -105,32 +108,33 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
       j->off = j->pos = s.off;
       j->end = s.off + s.len;
       jobs_.push_back(j);
+      enter(j);
       break;
     }
-    case KVFS_OP_FSYNC:
+    case KVFS_OP_FSYNC: {
+      Job* j = new_job(r, s, Job::Type::Fsync);
+      j->inode = inode;
+      j->ino = inode->ino;
+      jobs_.push_back(j);
+      break;
+    }
     case KVFS_OP_INODE_FSYNC: {
       Op* op = new_op();
       op->ring = r;
       op->user_data = s.user_data;
       op->req.op = Request::Op::Flush;
-      op->req.key = file_key(inode ? inode->ino : ino, 0);
+      op->req.key = file_key(ino, 0);
       store_->submit(&op->req);
       return 0;
     }
     case KVFS_OP_INODE_TRUNCATE: {
-      uint64_t old = inode->size.load(std::memory_order_relaxed);
-      inode->size.store(s.off, std::memory_order_release);
-      inode->dirty.store(true, std::memory_order_release);
-      if (s.off >= old) {
-        finish(r, s.user_data, 0);
-        return 0;
-      }
       Job* j = new_job(r, s, Job::Type::Truncate);
       j->inode = inode;
       j->ino = ino;
       j->off = j->pos = s.off;
-      j->end = old;
+      j->alone = true;
       jobs_.push_back(j);
+      enter(j);
       break;
     }
     case KVFS_OP_INODE_DELETE: {
@@ -328,6 +332,8 @@ void Reactor::step_scan(Job* j) {
 }
 
 bool Reactor::step(Job* j) {
+  if (j->held || j->asked) return false;
+  if (j->alone && !j->begun) begin_alone(j);
   if (!j->generated) {
     switch (j->type) {
       case Job::Type::Read:
@@ -345,22 +351,26 @@ bool Reactor::step(Job* j) {
       case Job::Type::Scan:
         step_scan(j);
         break;
+      case Job::Type::Fsync:
+        j->generated = issue(j, Request::Op::Flush, file_key(j->ino, 0), 0, 0, nullptr);
+        break;
     }
   }
   if (j->err != 0) j->generated = true;
   if (!j->generated || j->pending != 0) return false;
-  int64_t result = j->err;
+  if (j->is_write) {
+    if (j->in_turn && !end_write(j)) return false;
+  } else if (j->in_turn) {
+    leave(j);
+  }
+  if ((j->is_write || j->type == Job::Type::Fsync) && !j->settled && !settle(j)) return false;
+  int64_t result = j->is_write ? j->result : j->err;
   if (j->type == Job::Type::Read && result == 0) {
     result = int64_t(j->end - j->off);
-  } else if (j->type == Job::Type::Write) {
-    uint64_t good = j->err == 0 ? j->end : j->fail_pos;  // everything before the first failure was written
-    if (good > j->off) {
-      result = int64_t(good - j->off);
-      j->inode->grow(good);
-    }
   } else if (j->type == Job::Type::Scan && result == 0) {
     result = j->packed;
   }
+  if (j->is_write || j->alone) --j->inode->jobs;
   if (j->iov != nullptr) --j->iov->refs;
   finish(j->ring, j->user_data, result);
   delete j;
@@ -375,6 +385,10 @@ bool Reactor::step_jobs() {
     if (step(j)) {
       jobs_[i] = jobs_.back();
       jobs_.pop_back();
+      continue;
+    }
+    if (j->held || j->asked) {
+      ++i;
       continue;
     }
     // With no request under way nothing but another turn moves it.

@@ -1,5 +1,6 @@
 // namespaces.h owns what the native side knows of namespaces (told by the Python daemon) and the queue of questions
-// to it. Any thread. Bound: kMaxUpcalls questions waiting; further ones are refused with -EAGAIN.
+// to it. Any thread. Bound: kMaxUpcalls questions about namespaces waiting, further ones are refused with -EAGAIN; of
+// those about inodes the reactor has at most one per inode and fsync under way.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -50,6 +51,7 @@ class Namespaces {
 class Upcalls {
  public:
   static constexpr size_t kMaxUpcalls = 1024;
+  static constexpr uint64_t kInode = uint64_t(1) << 62;
   Upcalls() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
   ~Upcalls() {
     if (fd_ >= 0) close(fd_);
@@ -61,18 +63,23 @@ class Upcalls {
   // The question's id (> 0), or -EAGAIN.
   int64_t ask(uint32_t uid, const char* tenant, const char* name) {
     std::lock_guard<std::mutex> g(mu_);
-    if (q_.size() >= kMaxUpcalls) return -EAGAIN;
+    if (namespaces_ >= kMaxUpcalls) return -EAGAIN;
+    ++namespaces_;
     kvfs_upcall u{};
-    u.id = ++last_id_;
-    u.kind = 1;
+    u.kind = KVFS_UPCALL_NAMESPACE;
     u.uid = uid;
     memcpy(u.tenant, tenant, sizeof u.tenant);
     memcpy(u.name, name, sizeof u.name);
-    q_.push_back(u);
-    uint64_t one = 1;
-    ssize_t n = write(fd_, &one, sizeof one);
-    (void)n;
-    return int64_t(u.id);
+    return push(u);
+  }
+  // The question's id, which has kInode set.
+  int64_t ask_inode(uint32_t kind, uint64_t ino) {
+    std::lock_guard<std::mutex> g(mu_);
+    kvfs_upcall u{};
+    u.id = kInode;
+    u.kind = kind;
+    u.ino = ino;
+    return push(u);
   }
   bool next(kvfs_upcall* out) {
     std::lock_guard<std::mutex> g(mu_);
@@ -84,12 +91,23 @@ class Upcalls {
     }
     *out = q_.front();
     q_.pop_front();
+    if (out->kind == KVFS_UPCALL_NAMESPACE) --namespaces_;
     return true;
   }
 
  private:
+  int64_t push(kvfs_upcall& u) {
+    u.id |= ++last_id_;
+    q_.push_back(u);
+    uint64_t one = 1;
+    ssize_t n = write(fd_, &one, sizeof one);
+    (void)n;
+    return int64_t(u.id);
+  }
+
   std::mutex mu_;
   int fd_;
+  size_t namespaces_ = 0;
   uint64_t last_id_ = 0;
   std::deque<kvfs_upcall> q_;
 };

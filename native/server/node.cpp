@@ -122,7 +122,7 @@ void kvfs_node::run() {
   if (s.err != 0) return opened.set(s);
   Status end;
   {
-    Reactor r(uring.get(), dev.get(), st.get(), &inodes);
+    Reactor r(uring.get(), dev.get(), st.get(), &inodes, &upcalls);
     s = r.init();
     if (s.err == 0) {
       r.add_ring(&own.daemon);
@@ -201,8 +201,9 @@ int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, siz
 int kvfs_node_stop(kvfs_node* n, char* err, size_t err_len) {
   if (n == nullptr) return 0;
   if (n->files) n->files->stop();
-  if (n->control) n->control->stop();
   Reactor* r = n->reactor;
+  r->post([r] { r->end_upcalls(); });  // nobody answers any more
+  if (n->control) n->control->stop();
   r->post([r, n] {
     r->close_ring(&n->own.daemon, [] {});
     r->close_ring(&n->calls.daemon, [] {});
@@ -303,7 +304,12 @@ int kvfs_node_next_upcall(kvfs_node* n, kvfs_upcall* out) { return n->upcalls.ne
 
 int kvfs_node_answer(kvfs_node* n, uint64_t id, int err) {
   if (!n->control) return -EINVAL;
-  n->control->answer(id, err > 0 ? -err : err);
+  if (err > 0) err = -err;
+  if ((id & Upcalls::kInode) != 0) {
+    n->reactor->post([r = n->reactor, id, err] { r->answered(id, err); });
+  } else {
+    n->control->answer(id, err);
+  }
   return 0;
 }
 
@@ -319,13 +325,23 @@ int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino) {
   return i ? int64_t(i->size.load(std::memory_order_acquire)) : -ENOENT;
 }
 
-int kvfs_node_inode_stat(kvfs_node* n, uint64_t ino, uint64_t* size, int* dirty, int clear) {
+int kvfs_node_inode_refs(kvfs_node* n, uint64_t ino) { return n->inodes.refs(ino); }
+
+int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns) {
   InodeRef i = n->inodes.find(ino);
   if (!i) return -ENOENT;
-  // Dirty first: a write that finishes between the two is seen again next time, never lost.
-  bool d = clear != 0 ? i->dirty.exchange(false, std::memory_order_acq_rel) : i->dirty.load(std::memory_order_acquire);
-  if (dirty != nullptr) *dirty = d ? 1 : 0;
-  if (size != nullptr) *size = i->size.load(std::memory_order_acquire);
+  i->cached.store(true);  // before the size is read: a write that finishes in between drops what we are about to give
+  *written_ns = i->written_ns.load(std::memory_order_acquire);
+  *size = i->size.load(std::memory_order_acquire);
+  return 0;
+}
+
+int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns) {
+  InodeRef i = n->inodes.find(ino);
+  if (!i) return -ENOENT;
+  // The time first: a write that finishes between the two is seen again next time, never lost.
+  *written_ns = i->written_ns.exchange(0, std::memory_order_acq_rel);
+  *size = i->size.load(std::memory_order_acquire);
   return 0;
 }
 

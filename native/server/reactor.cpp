@@ -40,8 +40,8 @@ uint64_t monotonic_ns() {
   return uint64_t(ts.tv_sec) * 1000000000u + uint64_t(ts.tv_nsec);
 }
 
-Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes)
-    : uring_(uring), dev_(dev), store_(store), inodes_(inodes) {}
+Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls)
+    : uring_(uring), dev_(dev), store_(store), inodes_(inodes), upcalls_(upcalls) {}
 
 Reactor::~Reactor() {
   KVFS_CHECK(rings_.empty() && jobs_.empty() && ops_live_ == 0);
@@ -102,7 +102,8 @@ void Reactor::run() {
       drain_from_ = (drain_from_ + 1) % uint32_t(rings_.size());
       for (size_t i = 0; i < rings_.size(); ++i) drain(rings_[(drain_from_ + i) % rings_.size()]);
     }
-    job_ready_ = step_jobs();
+    job_ready_ = false;
+    if (step_jobs()) job_ready_ = true;  // a step may also let an earlier job go on
     store_->tick(monotonic_ns());
     publish();
     run_closing();

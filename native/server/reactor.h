@@ -9,12 +9,14 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "../ring/queue.h"
 #include "../store/store.h"
 #include "../store/uring_device.h"
 #include "inode_table.h"
+#include "namespaces.h"
 
 namespace kvfs {
 
@@ -86,7 +88,7 @@ struct Op {
 // An operation that needs many store requests or many steps: file ranges, deletes, scans. At most kJobWidth requests
 // under way at once.
 struct Job {
-  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan };
+  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan, Fsync };
   Type type = Type::Read;
   uint8_t flags = 0;
   Kind kind = Kind::File;
@@ -101,7 +103,17 @@ struct Job {
   uint32_t ns = 0;
   uint32_t pending = 0;
   bool generated = false;
+  // Writes and truncations, which take turns on the inode: see enter().
+  bool is_write = false;  // whatever phase it is in
+  bool alone = false;     // a truncation, or a write that clears: has the inode to itself
+  bool held = false;      // its turn has not come
+  bool in_turn = false;
+  bool begun = false;              // alone: the range is known
+  bool clearing = false;           // a failed write, now removing what it left beyond the end of the file
+  bool asked = false;              // waits for the answer to an upcall
+  bool settled = false;            // the upcall is answered
   int64_t err = 0;                 // first error that counts
+  int64_t result = 0;              // Write: what the client is told
   uint64_t fail_pos = UINT64_MAX;  // Write: lowest file offset that failed
   uint32_t packed = 0, room = 0;   // Scan: bytes
 };
@@ -111,7 +123,7 @@ constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and tu
 class Reactor {
  public:
   // Everything given must outlive the Reactor. dev may be null (stores without a device, in tests).
-  Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes);
+  Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls);
   ~Reactor();
   Status init();
 
@@ -129,6 +141,9 @@ class Reactor {
   void close_ring(Ring* r, std::function<void()> done);
   void close_iov(Iov* v, std::function<void()> done);
   void close_session(Session* s, std::function<void()> done);
+  void close_file(InodeRef inode);  // one reference of the table, once writes under way have ended
+  void answered(uint64_t upcall, int err);
+  void end_upcalls();  // those under way count as answered, and no more are made
   void set_evictable(uint32_t ns_id, bool on);
   const ReactorStats& stats() const { return stats_; }
   Store* store() { return store_; }
@@ -148,6 +163,12 @@ class Reactor {
   void free_op(Op* op);
   Job* new_job(Ring* r, const kvfs_sqe& s, Job::Type t);
   bool step(Job* j);  // true: finished and answered
+  void enter(Job* j);
+  void leave(Job* j);
+  void begin_alone(Job* j);
+  bool end_write(Job* j);
+  bool settle(Job* j);
+  void ask_drop(const InodeRef& inode);
   void step_range(Job* j);
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
@@ -171,6 +192,13 @@ class Reactor {
   Device* dev_;
   Store* store_;
   InodeTable* inodes_;
+  Upcalls* upcalls_;
+  struct Asked {
+    InodeRef inode;
+    Job* job = nullptr;  // an fsync; null: the inode's drop
+  };
+  std::unordered_map<uint64_t, Asked> asked_;  // by upcall
+  bool upcalls_ended_ = false;
   int post_fd_ = -1;
   int poll_handle_ = -1;
 

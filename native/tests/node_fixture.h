@@ -2,6 +2,7 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -57,6 +58,16 @@ class NodeTest : public ::testing::Test {
     struct kvfs_node_stats s;
     EXPECT_EQ(kvfs_node_stats(node_, &s), 0);
     return s;
+  }
+  // Takes the next question to the Python daemon and answers it.
+  void answer_upcall(uint32_t kind, int err) {
+    pollfd p{kvfs_node_upcall_fd(node_), POLLIN, 0};
+    kvfs_upcall u{};
+    do {
+      ASSERT_EQ(poll(&p, 1, 10000), 1);
+    } while (kvfs_node_next_upcall(node_, &u) == 0);
+    EXPECT_EQ(u.kind, kind);
+    EXPECT_EQ(kvfs_node_answer(node_, u.id, err), 0);
   }
   // Until every session's memory is free again.
   bool wait_sessions(uint64_t want) {

@@ -79,12 +79,12 @@ TEST_F(ServerTest, InodeAgainstModel) {
     }
     ASSERT_EQ(kvfs_node_inode_size(node_, 7), int64_t(model.size()));
   }
-  uint64_t size = 0;
-  int dirty = 0;
-  ASSERT_EQ(kvfs_node_inode_stat(node_, 7, &size, &dirty, 1), 0);
-  EXPECT_EQ(dirty, 1);
-  ASSERT_EQ(kvfs_node_inode_stat(node_, 7, &size, &dirty, 1), 0);
-  EXPECT_EQ(dirty, 0);
+  uint64_t size = 0, written_ns = 0;
+  ASSERT_EQ(kvfs_node_inode_take(node_, 7, &size, &written_ns), 0);
+  EXPECT_EQ(size, model.size());
+  EXPECT_NE(written_ns, 0u);
+  ASSERT_EQ(kvfs_node_inode_take(node_, 7, &size, &written_ns), 0);
+  EXPECT_EQ(written_ns, 0u);
   ASSERT_EQ(inode(KVFS_OP_INODE_FSYNC, 7, 0), 0);
   // After a restart the same bytes.
   stop();
@@ -204,7 +204,10 @@ TEST_F(ServerTest, FileHandles) {
   for (int i = 0; i < 200000; ++i) m[i] = char(i * 7);
   EXPECT_EQ(call(KVFS_OP_WRITE, h, 1000, 200000, 0), 200000);
   EXPECT_EQ(call(KVFS_OP_WRITE, hr, 0, 10, 0), -EBADF);
+  std::thread store([this] { answer_upcall(KVFS_UPCALL_STORE, 0); });  // the file has grown
   EXPECT_EQ(call(KVFS_OP_FSYNC, h, 0, 0, 0), 0);
+  store.join();
+  EXPECT_EQ(call(KVFS_OP_FSYNC, h, 0, 0, 0), 0);  // and is known to: nobody is asked
   EXPECT_EQ(call(KVFS_OP_READ, hr, 1000, 300000, 300000), 200000);
   EXPECT_EQ(memcmp(m, m + 300000, 200000), 0);
   // The mount's side sees the same bytes.

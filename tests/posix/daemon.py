@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Awaitable
 from pathlib import Path
 
 import structlog
@@ -15,8 +16,10 @@ from kvfs.meta.schema import Namespace
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.mount import service
+from kvfs.mount.blocks import Info
+from kvfs.mount.files import OpenFiles
+from kvfs.node import FileQuestions, Node, NodeConfig, format_store
 from kvfs.node import Namespace as NodeNamespace
-from kvfs.node import Node, NodeConfig, format_store
 
 SIZE = 256 << 20
 
@@ -27,7 +30,9 @@ async def main(directory: Path, point: Path) -> None:
         format_store(data_file, SIZE, segment_bytes=16 << 20, journal_bytes=8 << 20)
     store = SqliteStore(directory / "meta.db")
     tree = Tree(store)
-    async with Node.open(NodeConfig(data_file)) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:
+    config = NodeConfig(data_file, socket=directory / "sock")
+    async with Node.open(config) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:
+        files = OpenFiles(tree, data)
 
         def make_namespace(tenant: str, name: str) -> Namespace:
             made = namespaces.create(store, tenant, name)
@@ -39,8 +44,19 @@ async def main(directory: Path, point: Path) -> None:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 
+        async def resolve(tenant: str, name: str, uid: int) -> NodeNamespace:
+            del uid
+            return NodeNamespace(make_namespace(tenant, name).id)
+
+        def serve(task_status: trio.TaskStatus[None]) -> Awaitable[None]:
+            info = Info(str(directory / "sock"), str(directory))
+            return service.serve(
+                point, tree, data, make_namespace, files, info, mounted=node.set_mount, task_status=task_status
+            )
+
         nursery.start_soon(stop_on_signal)
-        await nursery.start(service.serve, point, tree, data, make_namespace)
+        nursery.start_soon(node.serve_upcalls, resolve, FileQuestions(files.drop_cached, files.store))
+        await nursery.start(serve)
         print("mounted", flush=True)
     store.close()
 

@@ -1,4 +1,5 @@
-"""The view `/.kvfs/blocks/<tenant>/<namespace>/<hh>/<hex key>`: every KV block as a read-only file, no record behind it.
+"""The view `/.kvfs`: `info` tells engines how to reach the node, and below `blocks/<tenant>/<namespace>/<hh>/<hex key>`
+every KV block is a read-only file with no record behind it.
 
 Reading asks the store. A new file's bytes wait in memory and become a block when it is closed, at once or not at all;
 after that the handle takes no more. Deleting a file evicts the block. `mkdir <tenant>/<namespace>` makes a namespace.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 import pyfuse3
 import trio
 
@@ -41,6 +43,8 @@ YIELD_EVERY: Final = 4096
 Path = tuple[bytes, ...]
 """Names below the root: (b".kvfs", b"blocks", tenant, namespace, hh, key)."""
 BLOCK_DEPTH: Final = 6
+INFO_NAME: Final = b"info"
+INFO_FORMAT: Final = 1
 Listing = dict[bytes, list[tuple[bytes, int, int]]]
 MakeNamespace = Callable[[str, str], Namespace]
 
@@ -65,6 +69,19 @@ class Pending:
     durable: bool = False
     published: bool = False
     lock: trio.Lock = field(default_factory=trio.Lock)
+
+
+class Info(msgspec.Struct, frozen=True):
+    """What `/.kvfs/info` holds, as JSON."""
+
+    socket: str
+    directory: str
+    format: int = INFO_FORMAT
+
+
+@dataclass(slots=True)
+class InfoHandle:
+    """An open `/.kvfs/info`."""
 
 
 @dataclass(slots=True)
@@ -105,7 +122,7 @@ def is_fan(name: bytes) -> bool:
 
 
 class BlockView:
-    def __init__(self, store: Store, data: DataPlane, make_namespace: MakeNamespace) -> None:
+    def __init__(self, store: Store, data: DataPlane, make_namespace: MakeNamespace, info: Info) -> None:
         self.store = store
         self.data = data
         self._make = make_namespace
@@ -114,6 +131,7 @@ class BlockView:
         self._by_ino: dict[int, Node] = {}
         self._by_path: dict[Path, Node] = {}
         self._last_ino = VIEW_BIT | 1
+        self._info = msgspec.json.encode(info) + b"\n"
         self._top = Node(VIEW_BIT | 1, (VIEW_NAME,))
         self._by_ino[self._top.ino] = self._top
         self._by_path[self._top.path] = self._top
@@ -163,8 +181,11 @@ class BlockView:
                 entry.entry_timeout = 0
                 entry.attr_timeout = 0
             return entry
-        mode = stat.S_IFDIR | (0o755 if len(node.path) > 1 else 0o555)
         when = self._started_ns
+        if node.path[1:] == (INFO_NAME,):
+            size = len(self._info)
+            return attributes(Inode(node.ino, stat.S_IFREG | 0o444, 1, self._uid, self._gid, size, 0, when, when, when))
+        mode = stat.S_IFDIR | (0o755 if len(node.path) > 1 else 0o555)
         return attributes(Inode(node.ino, mode, 2, self._uid, self._gid, 0, 0, when, when, when))
 
     def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
@@ -208,7 +229,7 @@ class BlockView:
         path = (*parent.path, name)
         match len(path):
             case 2:
-                exists = name == b"blocks"
+                exists = name in (b"blocks", INFO_NAME)
             case 3:
                 exists = name.decode("utf-8", "replace") in self._tenant_names()
             case 4:
@@ -282,8 +303,12 @@ class BlockView:
 
     # -- reading
 
-    def open(self, ino: int, flags: int) -> BlockHandle:
+    def open(self, ino: int, flags: int) -> BlockHandle | InfoHandle:
         node = self._find(ino)
+        if node.path[1:] == (INFO_NAME,):
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                raise FsError(errno.EACCES)
+            return InfoHandle()
         if len(node.path) != BLOCK_DEPTH:
             raise FsError(errno.EISDIR)
         if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -292,6 +317,9 @@ class BlockView:
         if key is None or node.pending is not None:
             raise FsError(errno.ENOENT)
         return BlockHandle(node, node.ns_id, key)
+
+    def read_info(self, off: int, size: int) -> bytes:
+        return self._info[off : off + size]
 
     async def read(self, handle: BlockHandle, off: int, size: int) -> bytes:
         if handle.pending is not None:
@@ -388,7 +416,7 @@ class BlockView:
         names: list[tuple[bytes, int, int]]
         match len(path):
             case 1:
-                names = [(b"blocks", 0, 0)]
+                names = [(b"blocks", 0, 0), (INFO_NAME, 0, 0)]
             case 2:
                 names = [(name.encode(), 0, 0) for name in sorted(self._tenant_names())]
             case 3:

@@ -8,6 +8,7 @@ import errno
 from dataclasses import dataclass
 from typing import Final
 
+import pyfuse3
 import trio
 import trio.to_thread
 
@@ -24,6 +25,9 @@ FILE_CHUNK: Final = 64 << 10
 RECLAIM_QUEUE: Final = 1024
 """Removed files whose data waits to be dropped; beyond that an unlink waits."""
 
+DROPPERS: Final = 8
+"""Threads that wait for the kernel to forget pages."""
+
 
 @dataclass(slots=True)
 class OpenFile:
@@ -32,7 +36,7 @@ class OpenFile:
     """The size in the tree."""
     users: int = 0
     written_ns: int = 0
-    """When data was last written and the tree does not know yet; 0: it knows everything."""
+    """When data was last written, taken from the data plane and not yet in the tree; 0: nothing is taken."""
     resizing: int = 0
     orphan: bool = False
 
@@ -44,10 +48,8 @@ class OpenFiles:
         self._open: dict[int, OpenFile] = {}
         self._lingering: dict[int, OpenFile] = {}
         """Closed here, but still held by a client's file handle."""
+        self._droppers = trio.CapacityLimiter(DROPPERS)
         self._send, self._receive = trio.open_memory_channel[tuple[int, int]](RECLAIM_QUEUE)
-
-    def find(self, ino: int) -> OpenFile | None:
-        return self._open.get(ino)
 
     def acquire(self, inode: Inode) -> OpenFile:
         file = self._open.get(inode.ino)
@@ -57,6 +59,7 @@ class OpenFiles:
                 if inode.nlink == 0:
                     raise FsError(errno.ENOENT)
                 self.data.inode_open(inode.ino, inode.size)
+                self.data.inode_show(inode.ino)  # the kernel may have attributes and pages from before
                 file = OpenFile(inode.ino, inode.size)
             self._open[inode.ino] = file
         file.users += 1
@@ -70,41 +73,47 @@ class OpenFiles:
         await self._let_go(file)
 
     async def _let_go(self, file: OpenFile) -> None:
+        """Nobody has it open here. A client's handle may hold it; none can come that does not."""
+        if self.data.inode_refs(file.ino) > 1:
+            self._lingering[file.ino] = file
+            self.persist(file)
+            return
+        self._lingering.pop(file.ino, None)
         try:
             self.persist(file)
         finally:
             size = self.data.inode_size(file.ino)
-            if self.data.inode_close(file.ino) > 0:
-                self.data.inode_open(file.ino, size)
-                self._lingering[file.ino] = file
-            else:
-                self._lingering.pop(file.ino, None)
-                if file.orphan:
-                    await self._send.send((file.ino, size))
+            self.data.inode_close(file.ino)
+            if file.orphan:
+                await self._send.send((file.ino, size))
+
+    def held(self, ino: int) -> OpenFile | None:
+        """Open here or through a client's handle."""
+        return self._open.get(ino) or self._lingering.get(ino)
 
     def overlay(self, inode: Inode) -> Inode:
-        """The record with what only memory knows."""
-        file = self._open.get(inode.ino) or self._lingering.get(inode.ino)
+        """The record with what only memory knows, for the kernel."""
+        file = self.held(inode.ino)
         if file is not None:
+            now = self.data.inode_show(file.ino)
             if not file.resizing:
-                inode.size = self.data.inode_size(file.ino)
-            if file.written_ns:
-                inode.mtime = inode.ctime = file.written_ns
+                inode.size = now.size
+            written_ns = now.written_ns or file.written_ns
+            if written_ns:
+                inode.mtime = inode.ctime = written_ns
         return inode
-
-    def wrote(self, file: OpenFile) -> None:
-        file.written_ns = self.tree.clock()
 
     def persist(self, file: OpenFile) -> None:
         """Brings size and times in the tree up to date; a process crash after it loses neither."""
         if file.resizing:
             return
-        size = self.data.inode_size(file.ino)
-        if not file.written_ns and size == file.stored_size:
+        now = self.data.inode_take(file.ino)
+        file.written_ns = now.written_ns or file.written_ns
+        if not file.written_ns and now.size <= file.stored_size:
             return
         when = file.written_ns or self.tree.clock()
-        self.tree.setattr(file.ino, size=size if size > file.stored_size else None, mtime=when)
-        file.stored_size = max(size, file.stored_size)
+        self.tree.setattr(file.ino, size=now.size if now.size > file.stored_size else None, mtime=when)
+        file.stored_size = max(now.size, file.stored_size)
         file.written_ns = 0
 
     async def resize(self, inode: Inode, size: int) -> None:
@@ -133,9 +142,21 @@ class OpenFiles:
     async def sync(self) -> None:
         await trio.to_thread.run_sync(self.tree.sync)
 
+    async def drop_cached(self, ino: int) -> None:
+        """A client has written to it: the kernel forgets its pages and attributes. May wait for reads under way."""
+        with contextlib.suppress(FileNotFoundError):  # the kernel does not know it
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, limiter=self._droppers)
+
+    async def store(self, ino: int) -> None:
+        """A client's fsync: what it has written is durable, now its size."""
+        file = self.held(ino)
+        if file is not None:
+            self.persist(file)
+        await self.sync()
+
     async def removed(self, inode: Inode) -> None:
         """Its last name is gone: the data goes now, or when the last opener has closed it."""
-        file = self._open.get(inode.ino) or self._lingering.get(inode.ino)
+        file = self.held(inode.ino)
         if file is not None:
             file.orphan = True
         else:

@@ -22,7 +22,7 @@ from kvfs.meta.schema import MAX_NAME, Inode
 from kvfs.meta.tree import Tree
 
 from .attrs import BLOCK_SIZE, attributes, guarded
-from .blocks import VIEW_BIT, VIEW_NAME, BlockHandle, BlockView, ViewDir
+from .blocks import VIEW_BIT, VIEW_NAME, BlockHandle, BlockView, InfoHandle, ViewDir
 from .files import OpenFile, OpenFiles
 
 READDIR_PAGE: Final = 128
@@ -39,7 +39,7 @@ class DirHandle:
     ino: int
 
 
-Handle = FileHandle | DirHandle | BlockHandle | ViewDir
+Handle = FileHandle | DirHandle | BlockHandle | InfoHandle | ViewDir
 
 
 class MountOps(pyfuse3.Operations):
@@ -47,12 +47,12 @@ class MountOps(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, tree: Tree, data: DataPlane, view: BlockView) -> None:
+    def __init__(self, tree: Tree, data: DataPlane, view: BlockView, files: OpenFiles) -> None:
         super().__init__()
         self.tree = tree
         self.data = data
         self.view = view
-        self.files = OpenFiles(tree, data)
+        self.files = files
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
         self._open_dirs: dict[int, int] = {}
@@ -118,7 +118,7 @@ class MountOps(pyfuse3.Operations):
                 await self.files.resize(record, attr.st_size)
             else:
                 self.tree.setattr(inode, size=attr.st_size)
-        file = self.files.find(inode)
+        file = self.files.held(inode)
         if file is not None:
             self.files.persist(file)
         changed = self.tree.setattr(
@@ -251,15 +251,15 @@ class MountOps(pyfuse3.Operations):
             return await self.data.read(handle.file.ino, off, size)
         if isinstance(handle, BlockHandle):
             return await self.view.read(handle, off, size)
+        if isinstance(handle, InfoHandle):
+            return self.view.read_info(off, size)
         raise FsError(errno.EISDIR)
 
     @guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         handle = self._handle(fh)
         if isinstance(handle, FileHandle):
-            written = await self.data.write(handle.file.ino, off, buf)
-            self.files.wrote(handle.file)
-            return written
+            return await self.data.write(handle.file.ino, off, buf)
         if isinstance(handle, BlockHandle):
             return self.view.write(handle, off, buf)
         raise FsError(errno.EBADF)

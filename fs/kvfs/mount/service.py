@@ -19,7 +19,8 @@ from kvfs.dataplane import DataPlane
 from kvfs.meta.tree import Tree
 
 from .attrs import log
-from .blocks import BlockView, MakeNamespace
+from .blocks import BlockView, Info, MakeNamespace
+from .files import OpenFiles
 from .ops import MountOps
 
 UNMOUNT_TIMEOUT_S: Final = 10
@@ -94,6 +95,8 @@ async def serve(
     tree: Tree,
     data: DataPlane,
     make_namespace: MakeNamespace,
+    files: OpenFiles,
+    info: Info,
     *,
     source: str = "kvfs",
     mounted: Callable[[int], None] = lambda _: None,
@@ -104,8 +107,8 @@ async def serve(
     `source` is what mount tables name; it holds no comma. `mounted` gets the mount's st_dev as soon as there is one.
     """
     prepare(point)
-    ops = MountOps(tree, data, BlockView(tree.store, data, make_namespace))
-    await ops.files.recover()
+    ops = MountOps(tree, data, BlockView(tree.store, data, make_namespace, info), files)
+    await files.recover()
     options = {f"fsname={source}", "subtype=kvfs", "default_permissions"}
     if _may_allow_other():
         options.add("allow_other")
@@ -115,8 +118,8 @@ async def serve(
         raise MountError(f"mounting at {point} failed: {error}.") from error
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(ops.files.persist_periodically)
-            nursery.start_soon(ops.files.reclaim_removed)
+            nursery.start_soon(files.persist_periodically)
+            nursery.start_soon(files.reclaim_removed)
 
             async def announce() -> None:
                 status = await trio.to_thread.run_sync(os.stat, point)
@@ -128,7 +131,7 @@ async def serve(
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
-        ops.files.persist_all()
+        files.persist_all()
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(unmount, point)
         pyfuse3.close(unmount=False)
