@@ -10,66 +10,82 @@ from cffi import FFI
 HELPERS = r"""
 #include <errno.h>
 #include <string.h>
-#include <time.h>
 
 #include "include/kvfs.h"
 
-static uint64_t kvfs_py_now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+/* Blocks for n keys that lie one behind the other: all key_len bytes long, or as `lens` says, where 33 names the 32-byte
+ * hash of a longer key. NULL: blocks without keys. Values, where the operation has them, at equal distances. */
+static void kvfs_py_fill(struct kvfs_block* b, int n, const char* keys, const uint8_t* lens, int key_len, uint64_t at,
+                         uint64_t stride, uint32_t len) {
+  for (int i = 0; i < n; ++i) {
+    uint32_t k = lens != NULL ? lens[i] : (uint32_t)key_len;
+    b[i].key = keys;
+    b[i].key_len = k;
+    b[i].len = len;
+    b[i].value_off = at + (uint64_t)i * stride;
+    b[i].off = 0;
+    b[i].status = -EINPROGRESS;
+    if (keys != NULL) keys += k > KVFS_KEY_MAX ? KVFS_KEY_MAX : k;
+  }
 }
 
-/* A blocking batch as kvfs_get and the like, but every block has its own iov, and key_len 33 names the 32-byte hash of
- * a longer key. Ends with n completions, or early with -errno: then operations may still be under way. */
-static int kvfs_py_batch(kvfs_ring* r, uint8_t opcode, uint8_t flags, int ns, const uint16_t* iovs,
-                         struct kvfs_block* b, int n, uint64_t timeout_ns) {
-  struct kvfs_cqe cqe[64];
-  int next = 0, pending = 0;
-  uint64_t start = kvfs_py_now();
-  if (kvfs_inflight(r) != 0) return -EBUSY;
-  while (next < n || pending > 0) {
-    while (next < n) {
-      struct kvfs_block* k = &b[next];
-      struct kvfs_sqe* s;
-      if (k->key_len == 0 || k->key_len > KVFS_KEY_MAX + 1) return -EINVAL;
-      s = kvfs_prep(r);
-      if (s == NULL) break;
-      s->opcode = opcode;
-      s->flags = flags;
-      s->handle = (uint32_t)ns;
-      s->user_data = (uint64_t)next;
-      s->key_len = (uint8_t)k->key_len;
-      memcpy(s->key, k->key, k->key_len > KVFS_KEY_MAX ? KVFS_KEY_MAX : k->key_len);
-      if (opcode == KVFS_OP_GET || opcode == KVFS_OP_PUT) {
-        s->iov = iovs[next];
-        s->iov_off = k->value_off;
-        s->off = k->off;
-        s->len = k->len;
-      }
-      ++next;
-      ++pending;
-    }
-    int sent = kvfs_submit(r);
-    if (sent < 0) return sent;
-    uint64_t left = timeout_ns, spent = kvfs_py_now() - start;
-    if (timeout_ns != KVFS_NO_TIMEOUT) left = spent < timeout_ns ? timeout_ns - spent : 0;
-    int min = pending < 32 ? pending : 32;
-    int got = kvfs_wait(r, cqe, next < n ? 1 : min, 64, left);
-    if (got < 0) return got;
-    for (int i = 0; i < got; ++i) {
-      if (cqe[i].user_data >= (uint64_t)n) return -EPROTO;
-      b[cqe[i].user_data].status = cqe[i].result;
-    }
-    pending -= got;
-  }
+static void kvfs_py_statuses(const struct kvfs_block* b, int n, int64_t* out) {
+  for (int i = 0; i < n; ++i) out[i] = b[i].status;
+}
+
+/* Runs one batch on a ring with nothing else in flight. After an error operations may still be under way. */
+static int kvfs_py_run(kvfs_ring* r, struct kvfs_batch* batch, uint64_t timeout_ns) {
+  struct kvfs_batch* done;
+  int err = kvfs_batch_submit(r, batch);
+  if (err < 0) return err;
+  err = kvfs_batch_wait(r, &done, 1, timeout_ns);
+  return err < 0 ? err : 0;
+}
+
+/* Fill, run and statuses in one call. */
+static int kvfs_py_call(kvfs_ring* r, struct kvfs_batch* batch, struct kvfs_block* b, int64_t* statuses, int n,
+                        uint8_t opcode, uint8_t flags, int handle, const char* keys, const uint8_t* lens, int key_len,
+                        uint16_t iov, uint64_t at, uint64_t stride, uint32_t len, uint64_t timeout_ns) {
+  kvfs_py_fill(b, n, keys, lens, key_len, at, stride, len);
+  memset(batch, 0, sizeof *batch);
+  batch->blocks = b;
+  batch->n = n;
+  batch->handle = handle;
+  batch->iov = iov;
+  batch->opcode = opcode;
+  batch->flags = flags;
+  int err = kvfs_py_run(r, batch, timeout_ns);
+  if (err < 0) return err;
+  kvfs_py_statuses(b, n, statuses);
   return 0;
+}
+
+/* Tags (`user`) of batches that are done. */
+static int kvfs_py_poll(kvfs_ring* r, uint64_t* tags, int max) {
+  struct kvfs_batch* done[64];
+  int n = kvfs_batch_poll(r, done, max < 64 ? max : 64);
+  for (int i = 0; i < n; ++i) tags[i] = (uint64_t)(uintptr_t)done[i]->user;
+  return n;
+}
+
+static int kvfs_py_wait(kvfs_ring* r, uint64_t* tags, int max, uint64_t timeout_ns) {
+  struct kvfs_batch* done[64];
+  int n = kvfs_batch_wait(r, done, max < 64 ? max : 64, timeout_ns);
+  for (int i = 0; i < n; ++i) tags[i] = (uint64_t)(uintptr_t)done[i]->user;
+  return n;
 }
 """
 
 CDEF = """
-int kvfs_py_batch(kvfs_ring* r, uint8_t opcode, uint8_t flags, int ns, const uint16_t* iovs, struct kvfs_block* b,
-                  int n, uint64_t timeout_ns);
+void kvfs_py_fill(struct kvfs_block* b, int n, const char* keys, const uint8_t* lens, int key_len, uint64_t at,
+                  uint64_t stride, uint32_t len);
+void kvfs_py_statuses(const struct kvfs_block* b, int n, int64_t* out);
+int kvfs_py_run(kvfs_ring* r, struct kvfs_batch* batch, uint64_t timeout_ns);
+int kvfs_py_call(kvfs_ring* r, struct kvfs_batch* batch, struct kvfs_block* b, int64_t* statuses, int n, uint8_t opcode,
+                 uint8_t flags, int handle, const char* keys, const uint8_t* lens, int key_len, uint16_t iov,
+                 uint64_t at, uint64_t stride, uint32_t len, uint64_t timeout_ns);
+int kvfs_py_poll(kvfs_ring* r, uint64_t* tags, int max);
+int kvfs_py_wait(kvfs_ring* r, uint64_t* tags, int max, uint64_t timeout_ns);
 """
 
 

@@ -1,8 +1,8 @@
-"""BlockStore: blocks of one namespace by key, in blocking batches.
+"""BlockStore: blocks of one namespace by key, in batches.
 
 Every call takes a batch and returns one int per key. What concerns one key is never an exception:
 
-    get     bytes copied (short at the value's end); MISS; -EIO damaged; other -errno
+    get     bytes copied (short at the value's end, 0 beyond it); MISS; -EIO damaged; other -errno
     put     1 written, 0 was there; -EEXIST there with another length; -ENOSPC; -EINVAL empty or more than 16 MiB;
             -EACCES read-only
     exists  the value's length in bytes; MISS
@@ -10,78 +10,49 @@ Every call takes a batch and returns one int per key. What concerns one key is n
 
 What concerns the whole call is: OSError EREMOTEIO if the daemon died (within about 100 ms), ETIMEDOUT, ForkError.
 After one of these the batch is undecided: any part of it may have been done.
+
+Each operation has three forms: blocking (`get`), awaitable under asyncio and trio (`aget`), and submit/poll (`queue()`
+and `submit_get`). docs/engine-api.md shows all of them.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import stat
-import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+from kvfs_usrbio import jobs
 from kvfs_usrbio._native import ffi, lib
-from kvfs_usrbio.client import Buffer, Client, ForkError, check
-from kvfs_usrbio.locate import mounted_from
+from kvfs_usrbio.aio import Maker
+from kvfs_usrbio.client import Buffer, check
+from kvfs_usrbio.files import File
+from kvfs_usrbio.memory import Data
+from kvfs_usrbio.queue import Operation, Queue
+from kvfs_usrbio.session import RING_ENTRIES, Session
 
-MISS = -errno.ENOENT
-SOCKET_NAME = "kvfs.sock"  # in the data directory
-KEY_MAX = 32
-VALUE_MAX = 16 << 20
-RING_ENTRIES = 256
-STAGING_BYTES = VALUE_MAX  # per thread, made when memory is used that the daemon does not share
-PREFIX_STEP = 256
-MAX_BATCH = 1 << 20
-
-Data = Any  # an object with a contiguous buffer: bytes, bytearray, memoryview, numpy array
+MISS: Final = -errno.ENOENT
+SCAN_PAGE: Final = 1024
+SCAN_END: Final = (1 << 64) - 1
 
 
-def socket_path(where: str | os.PathLike[str]) -> str:
-    """The daemon's socket for a socket path, a data directory, a place on its mount, or kvfs:///any of them."""
-    text = os.fspath(where)
-    if text.startswith("kvfs:"):
-        url = urlsplit(text)
-        if url.netloc not in ("", "localhost"):
-            raise ValueError(f"{text}: only this machine's kvfs can be opened: kvfs:///path")
-        text = unquote(url.path)
-    path = Path(text)
-    try:
-        mode = path.stat().st_mode
-    except OSError as e:
-        raise OSError(e.errno, f"no kvfs at {path}: {e.strerror}") from None
-    if stat.S_ISDIR(mode):
-        path = (mounted_from(path) or path) / SOCKET_NAME
-    return str(path)
+@dataclass(frozen=True, slots=True)
+class ScanEntry:
+    """`hashed`: the block's key was longer than 32 bytes, and `key` is its hash."""
 
-
-class _Lane:
-    """What one thread owns: a ring and memory for values that the daemon cannot reach where they are."""
-
-    def __init__(self, client: Client, entries: int) -> None:
-        self.ring = client.ring(entries)
-        self._client = client
-        self._staging: Buffer | None = None
-
-    def staging(self) -> Buffer:
-        if self._staging is None:
-            self._staging = self._client.alloc(STAGING_BYTES)
-        return self._staging
+    key: bytes
+    length: int
+    mtime: int
+    hashed: bool
 
 
 class BlockStore:
-    """Safe to use from several threads, each of which gets a ring of its own. A forked child opens its own store."""
+    """Safe to use from several threads. A forked child opens its own store: this one's calls raise ForkError there."""
 
-    def __init__(self, client: Client, namespace: int, *, ring_entries: int, timeout: float | None) -> None:
-        self._client: Client | None = client
+    def __init__(self, session: Session, namespace: int) -> None:
+        self._session: Session | None = session
         self._namespace = namespace
-        self._entries = ring_entries
-        self._timeout: int = lib.KVFS_NO_TIMEOUT if timeout is None else int(timeout * 1e9)
-        self._local = threading.local()
-        self._pid = os.getpid()
 
     @classmethod
     def open(
@@ -93,19 +64,18 @@ class BlockStore:
         ring_entries: int = RING_ENTRIES,
         timeout: float | None = 30.0,
     ) -> BlockStore:
-        """`where`: the daemon's socket, its data directory, or kvfs:///either. `namespace`: "tenant/name", or a name
-        of the tenant "default". `timeout`: seconds per call; None waits as long as the daemon lives."""
+        """`where`: a mount point, the daemon's socket, its data directory, or kvfs:///any of them. `namespace`:
+        "tenant/name", or a name of the tenant "default". `timeout`: seconds per call; None waits as long as the daemon
+        lives."""
         tenant, slash, name = namespace.partition("/")
         if not slash:
             tenant, name = "default", namespace
-        client = Client(socket_path(where))
-        handle = client.open_namespace(tenant, name, read_only=read_only)
-        return cls(client, handle, ring_entries=ring_entries, timeout=timeout)
+        session = Session(where, ring_entries, timeout)
+        return cls(session, session.client.open_namespace(tenant, name, read_only=read_only))
 
     def close(self) -> None:
         """Buffers and views of them stay valid; the connection ends with the last of them."""
-        self._client = None
-        self._local = threading.local()
+        self._session = None
 
     def __enter__(self) -> BlockStore:
         return self
@@ -113,127 +83,274 @@ class BlockStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # -- memory
+
     def alloc(self, size: int, *, huge: bool = False) -> Buffer:
         """Memory shared with the daemon, zeroed. `huge`: on 2 MiB pages if there are any."""
-        return self._open().alloc(size, huge=huge)
+        return self._open().client.alloc(size, huge=huge)
+
+    def register(self, data: Data) -> Buffer:
+        """Makes the caller's own writable memory known: a buffer, NumPy array, mmap, or CPU tensor.
+
+        Memory in a MAP_SHARED mapping of a memfd or of a file on tmpfs (multiprocessing.shared_memory, torch's
+        share_memory_, /dev/shm) is shared: `shared` is True and transfers go straight into and out of it, also through
+        other views of the same bytes. The file must not be made shorter meanwhile: operations return -EFAULT then.
+        Any other memory is copied once per transfer (`shared` is False). The object stays exported until `unregister`.
+        """
+        return self._open().client.register(data)
+
+    def unregister(self, buffer: Buffer) -> None:
+        """Ends `register`, after transfers under way. `buffer` and its view must not be used any more."""
+        self._open().client.unregister(buffer)
+
+    # -- blocking
 
     def exists(self, keys: Sequence[bytes]) -> list[int]:
-        return self._plain(lib.KVFS_OP_EXISTS, keys)
+        return self._open().call(lib.KVFS_OP_EXISTS, 0, self._namespace, keys)
 
     def evict(self, keys: Sequence[bytes]) -> list[int]:
-        return self._plain(lib.KVFS_OP_EVICT, keys)
+        return self._open().call(lib.KVFS_OP_EVICT, 0, self._namespace, keys)
 
     def match_prefix(self, keys: Sequence[bytes]) -> int:
-        """How many of the first keys are all there."""
-        for start in range(0, len(keys), PREFIX_STEP):
-            for i, status in enumerate(self.exists(keys[start : start + PREFIX_STEP])):
-                if status < 0:
-                    return start + i
-        return len(keys)
+        """How many of the first keys are all there. Asks for a ring full at a time, and no further than the first miss."""
+        session = self._open()
+        count = len(keys)
+        if count == 0:
+            return 0
+        jobs.check_count(count)
+        blob, lens, length = jobs.pack(keys)
+        lane = session.take()
+        if count > lane.size:
+            lane.grow(count)
+        packed = ffi.from_buffer(blob)
+        lib.kvfs_py_fill(lane.blocks, count, packed, lens, length, 0, 0, 0)
+        result: int = lib.kvfs_match_prefix(lane.ring.handle, self._namespace, lane.blocks, count, session.timeout)
+        if result < 0:
+            session.lose()
+            check(result, "match_prefix")
+        session.give(lane)
+        return result
 
-    def get(self, keys: Sequence[bytes], dests: Sequence[Data]) -> list[int]:
-        """Reads each value, as far as it fits, into the writable buffer beside its key."""
-        return self._transfer(lib.KVFS_OP_GET, keys, dests, 0)
+    def get(self, keys: Sequence[bytes], dests: Sequence[Data], offsets: Sequence[int] | None = None) -> list[int]:
+        """Reads each value, as far as it fits, into the writable buffer beside its key; from byte `offsets[i]` on."""
+        return self._open().run(self._transfer(lib.KVFS_OP_GET, keys, dests, offsets))
 
     def put(self, keys: Sequence[bytes], srcs: Sequence[Data], *, durable: bool = False) -> list[int]:
         """Stores each value unless its key is there. `durable`: returns once it would survive a loss of power."""
-        return self._transfer(lib.KVFS_OP_PUT, keys, srcs, lib.KVFS_SQE_DURABLE if durable else 0)
+        return self._open().run(self._transfer(lib.KVFS_OP_PUT, keys, srcs, None, durable))
 
-    def _open(self) -> Client:
-        if self._client is None:
+    def get_into(
+        self, keys: Sequence[bytes], buffer: Buffer, stride: int, *, offset: int = 0, length: int | None = None
+    ) -> list[int]:
+        """As get, the i-th value into `length` (default `stride`) bytes at offset + i * stride. The quickest form: one
+        native call and no Python object per key."""
+        at, size = self._slots(len(keys), buffer, stride, offset, length)
+        return self._open().call(lib.KVFS_OP_GET, 0, self._namespace, keys, buffer.iov, at, stride, size)
+
+    def put_from(
+        self,
+        keys: Sequence[bytes],
+        buffer: Buffer,
+        stride: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        durable: bool = False,
+    ) -> list[int]:
+        """As put, the i-th value from `length` (default `stride`) bytes at offset + i * stride."""
+        at, size = self._slots(len(keys), buffer, stride, offset, length)
+        flags = lib.KVFS_SQE_DURABLE if durable else 0
+        return self._open().call(lib.KVFS_OP_PUT, flags, self._namespace, keys, buffer.iov, at, stride, size)
+
+    def scan(self) -> Iterator[ScanEntry]:
+        """Every block of the namespace that is there all the while, once; others perhaps. In no order."""
+        session = self._open()
+        seen: set[bytes] = set()  # of one page and the next: a page may repeat entries of the one before
+        cursor = 0
+        while cursor != SCAN_END:
+            found: list[bytes] = []
+            session.run(self._page(cursor, found))
+            entries, following = _entries(found[0])
+            for entry in entries:
+                if entry.key not in seen:
+                    yield entry
+            if following is None or following == cursor:
+                return
+            seen = {entry.key for entry in entries}
+            cursor = following
+
+    # -- awaitable
+
+    async def aexists(self, keys: Sequence[bytes]) -> list[int]:
+        return await self._open().arun(self._plain(lib.KVFS_OP_EXISTS, keys))
+
+    async def aevict(self, keys: Sequence[bytes]) -> list[int]:
+        return await self._open().arun(self._plain(lib.KVFS_OP_EVICT, keys))
+
+    async def amatch_prefix(self, keys: Sequence[bytes]) -> int:
+        """As match_prefix, in steps that grow: the first miss is mostly near."""
+        start, step = 0, 64
+        while start < len(keys):
+            for i, status in enumerate(await self.aexists(keys[start : start + step])):
+                if status < 0:
+                    return start + i
+            start += step
+            step = min(step * 4, 4096)
+        return len(keys)
+
+    async def aget(
+        self, keys: Sequence[bytes], dests: Sequence[Data], offsets: Sequence[int] | None = None
+    ) -> list[int]:
+        return await self._open().arun(self._transfer(lib.KVFS_OP_GET, keys, dests, offsets))
+
+    async def aput(self, keys: Sequence[bytes], srcs: Sequence[Data], *, durable: bool = False) -> list[int]:
+        return await self._open().arun(self._transfer(lib.KVFS_OP_PUT, keys, srcs, None, durable))
+
+    async def aget_into(
+        self, keys: Sequence[bytes], buffer: Buffer, stride: int, *, offset: int = 0, length: int | None = None
+    ) -> list[int]:
+        return await self._open().arun(self._at(lib.KVFS_OP_GET, keys, buffer, stride, offset, length, False))
+
+    async def aput_from(
+        self,
+        keys: Sequence[bytes],
+        buffer: Buffer,
+        stride: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        durable: bool = False,
+    ) -> list[int]:
+        return await self._open().arun(self._at(lib.KVFS_OP_PUT, keys, buffer, stride, offset, length, durable))
+
+    async def ascan(self) -> AsyncIterator[ScanEntry]:
+        seen: set[bytes] = set()
+        cursor = 0
+        while cursor != SCAN_END:
+            found: list[bytes] = []
+            await self._open().arun(self._page(cursor, found))
+            entries, following = _entries(found[0])
+            for entry in entries:
+                if entry.key not in seen:
+                    yield entry
+            if following is None or following == cursor:
+                return
+            seen = {entry.key for entry in entries}
+            cursor = following
+
+    # -- submit and poll
+
+    def queue(self) -> Queue:
+        """For the submit_ calls: a ring of its own, of which a session has few. Made once, not per call."""
+        return self._open().queue()
+
+    def submit_exists(self, queue: Queue, keys: Sequence[bytes]) -> Operation:
+        return queue.submit(self._plain(lib.KVFS_OP_EXISTS, keys)(queue.lane))
+
+    def submit_evict(self, queue: Queue, keys: Sequence[bytes]) -> Operation:
+        return queue.submit(self._plain(lib.KVFS_OP_EVICT, keys)(queue.lane))
+
+    def submit_get(
+        self, queue: Queue, keys: Sequence[bytes], dests: Sequence[Data], offsets: Sequence[int] | None = None
+    ) -> Operation:
+        """Buffers that are not shared take turns at the queue's staging memory."""
+        return queue.submit(self._transfer(lib.KVFS_OP_GET, keys, dests, offsets)(queue.lane))
+
+    def submit_put(
+        self, queue: Queue, keys: Sequence[bytes], srcs: Sequence[Data], *, durable: bool = False
+    ) -> Operation:
+        return queue.submit(self._transfer(lib.KVFS_OP_PUT, keys, srcs, None, durable)(queue.lane))
+
+    def submit_get_into(
+        self,
+        queue: Queue,
+        keys: Sequence[bytes],
+        buffer: Buffer,
+        stride: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+    ) -> Operation:
+        return queue.submit(self._at(lib.KVFS_OP_GET, keys, buffer, stride, offset, length, False)(queue.lane))
+
+    def submit_put_from(
+        self,
+        queue: Queue,
+        keys: Sequence[bytes],
+        buffer: Buffer,
+        stride: int,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        durable: bool = False,
+    ) -> Operation:
+        return queue.submit(self._at(lib.KVFS_OP_PUT, keys, buffer, stride, offset, length, durable)(queue.lane))
+
+    # -- files
+
+    def file(self, fd: int) -> File:
+        """An open file of the mount over this store's connection; the descriptor's access mode is the File's."""
+        return File(self._open(), fd)
+
+    # -- inside
+
+    def _open(self) -> Session:
+        if self._session is None:
             raise ValueError("the store is closed")
-        if os.getpid() != self._pid:
-            raise ForkError
-        return self._client
+        return self._session
 
-    def _lane(self) -> _Lane:
-        client = self._open()
-        lane: _Lane | None = getattr(self._local, "lane", None)
-        if lane is None:
-            lane = self._local.lane = _Lane(client, self._entries)
-        return lane
+    def _plain(self, opcode: int, keys: Sequence[bytes]) -> Maker:
+        return lambda lane: jobs.plain(opcode, self._namespace, keys)
 
-    def _run(self, lane: _Lane, opcode: int, flags: int, iovs: Any, blocks: Any, count: int) -> None:
-        result: int = lib.kvfs_py_batch(
-            lane.ring.handle, opcode, flags, self._namespace, iovs, blocks, count, self._timeout
-        )
-        if result < 0:
-            del self._local.lane  # operations may still be under way: neither ring nor staging is used again
-            check(result, "blocks")
+    def _transfer(
+        self,
+        opcode: int,
+        keys: Sequence[bytes],
+        values: Sequence[Data],
+        offsets: Sequence[int] | None,
+        durable: bool = False,
+    ) -> Maker:
+        client = self._open().client
+        flags = lib.KVFS_SQE_DURABLE if durable else 0
+        return lambda lane: jobs.transfer(client, lane, opcode, flags, self._namespace, keys, values, offsets)
 
-    def _blocks(self, keys: Sequence[bytes]) -> tuple[Any, list[Any]]:
-        """The native batch, and what it points to."""
-        count = len(keys)
-        if count > MAX_BATCH:
-            raise ValueError(f"{count} keys in one batch; at most {MAX_BATCH}")
-        blocks = ffi.new("struct kvfs_block[]", count)
-        keep: list[Any] = []
-        for i, key in enumerate(keys):
-            if not key:
-                raise ValueError(f"key {i} is empty")
-            size = len(key)
-            if size > KEY_MAX:
-                key, size = hashlib.blake2b(key, digest_size=KEY_MAX).digest(), KEY_MAX + 1
-            native = ffi.from_buffer(key)
-            keep.append(native)
-            block = blocks[i]
-            block.key = native
-            block.key_len = size
-        return blocks, keep
+    def _slots(self, count: int, buffer: Buffer, stride: int, offset: int, length: int | None) -> tuple[int, int]:
+        """(place in the iov, bytes of each)"""
+        size = stride if length is None else length
+        if not buffer.shared:
+            raise ValueError("this buffer is not shared with the daemon: use get and put")
+        if stride < 0 or offset < 0 or size < 0 or (count and offset + (count - 1) * stride + size > len(buffer)):
+            raise ValueError(f"{count} values of {size} bytes, {stride} apart from {offset}, exceed the buffer")
+        return buffer.offset + offset, size
 
-    def _plain(self, opcode: int, keys: Sequence[bytes]) -> list[int]:
-        lane = self._lane()
-        blocks, _keep = self._blocks(keys)
-        self._run(lane, opcode, 0, ffi.NULL, blocks, len(keys))
-        return [blocks[i].status for i in range(len(keys))]
+    def _at(
+        self,
+        opcode: int,
+        keys: Sequence[bytes],
+        buffer: Buffer,
+        stride: int,
+        offset: int,
+        length: int | None,
+        durable: bool,
+    ) -> Maker:
+        _, size = self._slots(len(keys), buffer, stride, offset, length)
+        flags = lib.KVFS_SQE_DURABLE if durable else 0
+        return lambda lane: jobs.slots(opcode, flags, self._namespace, keys, buffer, stride, offset, size)
 
-    def _transfer(self, opcode: int, keys: Sequence[bytes], values: Sequence[Data], flags: int) -> list[int]:
-        if len(keys) != len(values):
-            raise ValueError(f"{len(keys)} keys and {len(values)} buffers")
-        lane = self._lane()
-        client = self._open()
-        reading = opcode == lib.KVFS_OP_GET
-        count = len(keys)
-        blocks, _keep = self._blocks(keys)
-        iovs = ffi.new("uint16_t[]", count)
-        staged: list[tuple[int, int, Any]] = []  # (index, offset in staging, the caller's memory)
-        base, used = 0, 0  # the run of blocks not yet done, and staging they use
-        memories: list[Any] = []  # keeps the callers' buffers exported until the end
-        try:
-            for i, value in enumerate(values):
-                memory = ffi.from_buffer("char[]", value, require_writable=reading)
-                memories.append(memory)
-                size = len(memory)
-                blocks[i].len = min(size, VALUE_MAX) if reading else min(size, VALUE_MAX + 1)
-                place = client.find(int(ffi.cast("uintptr_t", memory)), size)
-                if place is None and size > 0 and (reading or size <= VALUE_MAX):
-                    need = min(size, VALUE_MAX)
-                    if used + need > STAGING_BYTES:
-                        self._flush(lane, opcode, flags, iovs, blocks, base, i, staged)
-                        base, used = i, 0
-                    staging = lane.staging()
-                    if not reading:
-                        ffi.memmove(staging.address + used, memory, need)
-                    staged.append((i, used, memory))
-                    place = staging.iov, used
-                    used += (need + 4095) & ~4095
-                iovs[i], blocks[i].value_off = place or (0, 0)
-            self._flush(lane, opcode, flags, iovs, blocks, base, count, staged)
-            return [blocks[i].status for i in range(count)]
-        finally:
-            # Not left to the collector: a traceback may keep this frame in a cycle, and a memoryview that is collected
-            # while it has an export crashes CPython 3.11.
-            for memory in memories:
-                ffi.release(memory)
+    def _page(self, cursor: int, found: list[bytes]) -> Maker:
+        return lambda lane: jobs.scan_page(lane, self._namespace, cursor, SCAN_PAGE, found)
 
-    def _flush(
-        self, lane: _Lane, opcode: int, flags: int, iovs: Any, blocks: Any, start: int, end: int, staged: list[Any]
-    ) -> None:
-        """Runs blocks [start, end) and empties `staged`."""
-        self._run(lane, opcode, flags, iovs + start, blocks + start, end - start)
-        if opcode == lib.KVFS_OP_GET and staged:
-            address = lane.staging().address
-            for i, at, memory in staged:
-                if blocks[i].status > 0:
-                    ffi.memmove(memory, address + at, blocks[i].status)
-        staged.clear()
+
+def _entries(raw: bytes) -> tuple[list[ScanEntry], int | None]:
+    """The entries and the cursor behind the last of them, if there are any."""
+    entries: list[ScanEntry] = []
+    following: int | None = None
+    if raw:
+        native = ffi.cast("struct kvfs_scan_entry*", ffi.from_buffer(raw))
+        for i in range(len(raw) // jobs.SCAN_ENTRY):
+            one = native[i]
+            size = int(one.key_len)
+            key = bytes(ffi.buffer(one.key)[: min(size, jobs.KEY_MAX)])
+            entries.append(ScanEntry(key, int(one.length), int(one.mtime), size > jobs.KEY_MAX))
+            following = int(one.cursor)
+    return entries, following

@@ -13,6 +13,17 @@ import weakref
 from typing import Any
 
 from kvfs_usrbio._native import ffi, lib
+from kvfs_usrbio.memory import Data, Memory, memory_of
+
+_forks = 0  # how often this process has been forked from one that had this module
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class ForkError(RuntimeError):
@@ -33,16 +44,22 @@ def check(result: int, what: str) -> int:
 
 
 class Buffer:
-    """Memory shared with the daemon: blocks are read into and written from views of it without a copy.
+    """Memory for blocks, from `alloc` or `register`.
 
     `view` is a writable memoryview of all bytes; slices of it, and NumPy arrays over it (`numpy.frombuffer(buffer.view,
-    ...)`), are what `BlockStore.get` and `put` take. The memory lives as long as any of them.
+    ...)`), are what `BlockStore.get` and `put` take. `shared`: the daemon reads and writes it in place; otherwise each
+    transfer is copied once. Memory from `alloc` lives as long as any view of it.
     """
 
-    def __init__(self, view: memoryview, address: Any, iov: int) -> None:
+    def __init__(self, view: memoryview, address: int, iov: int, offset: int = 0) -> None:
         self.view = view
-        self.address = address  # char*, valid as long as view
-        self.iov = iov
+        self.address = address  # valid as long as view
+        self.iov = iov  # -1: not shared
+        self.offset = offset  # of the first byte in the iov
+
+    @property
+    def shared(self) -> bool:
+        return self.iov >= 0
 
     def __len__(self) -> int:
         return len(self.view)
@@ -101,9 +118,16 @@ class Client:
         out = ffi.new("kvfs_client**")
         check(lib.kvfs_open(os.fsencode(socket_path), out), f"open {socket_path}")
         self._connection = _Connection(out[0])
+        self._forks = _forks
         self.handle: Any = out[0]
         weakref.finalize(self, self._connection.drop).atexit = False
         self._areas: dict[int, tuple[int, int]] = {}  # first address: (end address, iov id)
+        self._bases: dict[int, int] = {}  # first address: the iov's, where that is another
+        self._registered: dict[int, tuple[Memory, Any]] = {}  # by Buffer.address
+
+    def check_fork(self) -> None:
+        if _forks != self._forks:
+            raise ForkError
 
     def alloc(self, size: int, *, huge: bool = False) -> Buffer:
         iov = ffi.new("struct kvfs_iov*")
@@ -115,13 +139,48 @@ class Client:
         # its arguments whole when the memory is part of a garbage cycle.
         memory = ffi.buffer(iov.base, iov.size)
         weakref.finalize(memory, _free, self._connection, self._areas, base, iov).atexit = False
-        return Buffer(memoryview(memory)[:size], ffi.cast("char*", iov.base), iov.id)
+        return Buffer(memoryview(memory)[:size], base, iov.id)
+
+    def register(self, data: Data) -> Buffer:
+        """Shares `data` in place if that is possible. Its memory stays exported until `unregister` or the end."""
+        memory = memory_of(data, writable=True)
+        if memory.size == 0:
+            memory.release()
+            raise ValueError("nothing to register: the buffer is empty")
+        view = memoryview(ffi.buffer(memory.native, memory.size))
+        found = self.find(memory.address, memory.size)
+        if found is not None or memory.address in self._registered:
+            raise ValueError("this memory is registered already")
+        iov = ffi.new("struct kvfs_iov*")
+        result = lib.kvfs_iov_register(self.handle, ffi.cast("void*", memory.address), memory.size, iov)
+        if result in (-errno.EOPNOTSUPP, -errno.ENOENT, -errno.EACCES, -errno.EPERM, -errno.ENOMEM):
+            self._registered[memory.address] = memory, None  # not memory that can be shared: copied through staging
+            return Buffer(view, memory.address, -1)
+        if result < 0:
+            memory.release()
+        check(result, f"register {memory.size} bytes")
+        base = int(ffi.cast("uintptr_t", iov.base))
+        # Only the caller's own bytes: what else lies in the first and last page is not theirs to have transferred.
+        self._areas[memory.address] = (memory.address + memory.size, iov.id)
+        self._bases[memory.address] = base
+        self._registered[memory.address] = memory, iov
+        return Buffer(view, memory.address, iov.id, memory.address - base)
+
+    def unregister(self, buffer: Buffer) -> None:
+        """Waits for transfers under way in it. The memory is then the caller's alone; the Buffer's view must go."""
+        memory, iov = self._registered.pop(buffer.address)
+        self._areas.pop(buffer.address, None)
+        self._bases.pop(buffer.address, None)
+        buffer.iov = -1
+        if iov is not None:
+            lib.kvfs_iov_free(self.handle, iov)
+        memory.release()
 
     def find(self, address: int, size: int) -> tuple[int, int] | None:
         """(iov id, offset) if all of the memory is shared with the daemon."""
         for base, (end, number) in tuple(self._areas.items()):
             if base <= address and address + size <= end:
-                return number, address - base
+                return number, address - self._bases.get(base, base)
         return None
 
     def open_namespace(self, tenant: str, name: str, *, read_only: bool) -> int:
