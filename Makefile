@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
-       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev
+       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)

@@ -39,7 +39,7 @@ class Crowd {
     s->key = k;
     s->mem = std::make_unique<Mem>(std::max(len, 1u));
     const Bytes v = pattern(seed, len);
-    std::memcpy(s->mem->get(), v.data(), v.size());
+    std::copy(v.begin(), v.end(), s->mem->get());
     s->r = Request{};
     s->r.op = op;
     s->r.key = block_key(k);
