@@ -316,7 +316,7 @@ unsigned Uring::reap() {
   return events_ - before;
 }
 
-int Uring::submit_and_wait(uint64_t timeout_ns) {
+int Uring::submit_and_wait(uint64_t timeout_ns, unsigned min) {
   pump();
   int rc = 0;
   const unsigned queued = io_uring_sq_ready(&ring_);
@@ -324,13 +324,13 @@ int Uring::submit_and_wait(uint64_t timeout_ns) {
   if (timeout_ns == 0 || io_uring_cq_ready(&ring_) > 0) {
     if (queued > 0 || pending) rc = io_uring_submit_and_get_events(&ring_);
   } else if (timeout_ns == UINT64_MAX) {
-    rc = io_uring_submit_and_wait(&ring_, 1);
+    rc = io_uring_submit_and_wait(&ring_, min);
   } else {
     __kernel_timespec ts{};
     ts.tv_sec = static_cast<int64_t>(timeout_ns / 1'000'000'000);
     ts.tv_nsec = static_cast<int64_t>(timeout_ns % 1'000'000'000);
     io_uring_cqe* cqe;
-    rc = io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &ts, nullptr);
+    rc = io_uring_submit_and_wait_timeout(&ring_, &cqe, min, &ts, nullptr);
   }
   unsigned n = reap();
   for (unsigned i = 0; i < kMaxPasses && (sq_flags(ring_) & IORING_SQ_CQ_OVERFLOW) != 0; ++i) {

@@ -47,7 +47,8 @@ class Uring {
 
   // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs
   // the callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
-  int submit_and_wait(uint64_t timeout_ns);
+  // Waits for `min` of them (a busy reactor is woken once per handful), the timeout notwithstanding.
+  int submit_and_wait(uint64_t timeout_ns, unsigned min = 1);
 
  private:
   friend class UringDevice;
