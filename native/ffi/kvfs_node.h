@@ -93,6 +93,39 @@ int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
 int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
 
+/* Offline check of a store that nobody has open (store/check_store.h says what the problems' numbers mean). */
+struct kvfs_check_config {
+  const char* data_path;
+  uint32_t data, repair, orphans; /* orphans: compare with namespaces and inodes, both ascending */
+  uint32_t namespaces;
+  const uint32_t* ns_ids;
+  uint64_t files;
+  const uint64_t* inos;
+  const uint64_t* sizes;
+};
+/* Shared with a thread that shows progress or interrupts: bytes read and to be read; cancel is set from outside. */
+struct kvfs_check_progress {
+  uint64_t done, total;
+  uint32_t cancel, rsv;
+};
+struct kvfs_check_finding {
+  uint32_t problem, length;
+  uint64_t where;
+  uint8_t kind, key_len, piece, rsv;
+  uint32_t ns;
+  uint8_t id[32];
+};
+struct kvfs_check_report {
+  uint64_t counts[12]; /* by problem */
+  uint64_t chunks, block_chunks, file_chunks, data_bytes, verified_bytes, salvaged;
+  uint32_t closed, repaired;
+  uint64_t findings;
+  struct kvfs_check_finding* finding; /* kvfs_check_free */
+};
+int kvfs_check(const struct kvfs_check_config* cfg, struct kvfs_check_progress* progress, struct kvfs_check_report* out,
+               char* err, size_t err_len);
+void kvfs_check_free(struct kvfs_check_report* report);
+
 #ifdef __cplusplus
 }
 #endif

@@ -10,19 +10,6 @@
 
 namespace kvfs {
 
-namespace {
-struct Buf {
-  explicit Buf(size_t n) { KVFS_CHECK(posix_memalign(&p, kBlock, n) == 0); }
-  ~Buf() { free(p); }
-  Buf(const Buf&) = delete;
-  Buf& operator=(const Buf&) = delete;
-  template <typename T>
-  T* as() const {
-    return static_cast<T*>(p);
-  }
-  void* p = nullptr;
-};
-
 bool sane(const Record& r, const Geometry& geo) {
   if (r.type != Record::kPut && r.type != Record::kDelete) return false;
   if (r.key.kind != Kind::Block && r.key.kind != Kind::File) return false;
@@ -33,10 +20,9 @@ bool sane(const Record& r, const Geometry& geo) {
          off < geo.segment_off(geo.segments) && r.key.rsv[0] < kMaxPieces && r.slot_class < kSizeClasses &&
          class_bytes(r.slot_class) >= std::min(r.length, kPieceMax);
 }
-}  // namespace
 
 Status StoreImpl::load_super() {
-  Buf b(kBlock);
+  AlignedBuf b(kBlock);
   bool found = false, other = false;
   uint32_t other_version = 0;
   int io_err = 0;
@@ -88,7 +74,7 @@ Status StoreImpl::load_super() {
 
 Status StoreImpl::load_checkpoint() {
   constexpr uint32_t kBatch = 16;
-  Buf b(kBatch * kCheckpointPage);
+  AlignedBuf b(kBatch * kCheckpointPage);
   uint64_t records = 0;
   for (uint32_t page = 0; page < super_.checkpoint_pages;) {
     // Pages of one segment are adjacent: read several at once.
@@ -98,10 +84,7 @@ Status StoreImpl::load_checkpoint() {
       return {-e, "the checkpoint can't be read"};
     for (uint32_t i = 0; i < n; i++, page++) {
       auto* h = reinterpret_cast<PageHeader*>(b.as<uint8_t>() + i * kCheckpointPage);
-      if (h->magic != kPageMagic || h->uuid != super_.uuid[0] || h->generation != super_.generation ||
-          h->page != page || h->records > kPageRecords ||
-          h->checksum != sealed_sum(h, kCheckpointPage, &PageHeader::checksum, h))
-        return {EUCLEAN, "page " + std::to_string(page) + " of the checkpoint is damaged"};
+      if (!valid_page(h, page)) return {EUCLEAN, "page " + std::to_string(page) + " of the checkpoint is damaged"};
       const auto* rec = reinterpret_cast<const Record*>(h + 1);
       for (uint32_t k = 0; k < h->records; k++) {
         if (!sane(rec[k], geo_) || rec[k].type != Record::kPut)
@@ -146,47 +129,85 @@ Status StoreImpl::applied() const {
   return {apply_err_, "no memory for the index"};
 }
 
+// The slot's segment may have no class yet: the place follows from the record's class. 0: no such slot.
+uint64_t StoreImpl::trailer_place(const Record& rec) const {
+  const uint64_t off = rec.loc * 512;
+  const uint64_t payload = round_up(class_bytes(rec.slot_class), dev_.align());
+  const uint64_t base = geo_.segment_off(alloc_->segment_of(off));
+  const uint64_t slots = geo_.stride() / (payload + trailer_io_);
+  const uint64_t slot = (off - base) / payload;
+  return slot < slots ? base + slots * payload + slot * trailer_io_ : 0;
+}
+
+// Whether these bytes, and for a piece above 8 KiB this trailer, are what the record speaks of.
+bool StoreImpl::content_matches(const Record& rec, const uint8_t* data, const Trailer* tr) {
+  const uint32_t len = std::min(rec.length, kPieceMax);
+  if (trailer_bytes(class_of(len)) == 0) return xxh3(data, len) == rec.checksum;
+  if (!tr || xxh3(tr, sizeof *tr) != rec.checksum || tr->length != len || !(tr->key == rec.key)) return false;
+  const uint32_t sub = sub_block(len);
+  for (uint32_t i = 0; i * sub < len; i++)
+    if (xxh3(data + i * sub, std::min(sub, len - i * sub)) != tr->sum[i]) return false;
+  return true;
+}
+
 bool StoreImpl::data_matches(const Record& rec) {
   const uint32_t len = std::min(rec.length, kPieceMax);
   const uint32_t n = static_cast<uint32_t>(round_up(len, dev_.align()));
   const uint64_t off = rec.loc * 512;
-  if (off + n > super_.size || off < geo_.data_off()) return false;
-  Buf b(n + trailer_io_);
+  if (off % dev_.align() || off + n > super_.size || off < geo_.data_off()) return false;
+  AlignedBuf b(n + trailer_io_);
   if (sync_io(Io::Op::Read, b.p, n, off) < 0) return false;
-  if (trailer_bytes(class_of(len)) == 0) return xxh3(b.p, len) == rec.checksum;
-  // The slot's segment has no class yet: compute the trailer's place from the record's.
-  const uint64_t payload = round_up(class_bytes(rec.slot_class), dev_.align());
-  const uint32_t seg = alloc_->segment_of(off);
-  const uint64_t slots = geo_.stride() / (payload + trailer_io_);
-  const uint64_t slot = (off - geo_.segment_off(seg)) / payload;
-  if (slot >= slots) return false;
-  auto* tr = reinterpret_cast<Trailer*>(b.as<uint8_t>() + n);
-  if (sync_io(Io::Op::Read, tr, trailer_io_, geo_.segment_off(seg) + slots * payload + slot * trailer_io_) < 0)
-    return false;
-  if (xxh3(tr, sizeof *tr) != rec.checksum || tr->length != len || !(tr->key == rec.key)) return false;
-  const uint32_t sub = sub_block(len);
-  for (uint32_t i = 0; i * sub < len; i++)
-    if (xxh3(b.as<uint8_t>() + i * sub, std::min(sub, len - i * sub)) != tr->sum[i]) return false;
-  return true;
+  Trailer* tr = nullptr;
+  if (trailer_bytes(class_of(len)) != 0) {
+    const uint64_t place = trailer_place(rec);
+    if (place == 0) return false;
+    tr = reinterpret_cast<Trailer*>(b.as<uint8_t>() + n);
+    if (sync_io(Io::Op::Read, tr, trailer_io_, place) < 0) return false;
+  }
+  return content_matches(rec, b.as<uint8_t>(), tr);
+}
+
+bool StoreImpl::valid_page(PageHeader* h, uint32_t page) const {
+  return h->magic == kPageMagic && h->uuid == super_.uuid[0] && h->generation == super_.generation && h->page == page &&
+         h->records <= kPageRecords && h->checksum == sealed_sum(h, kCheckpointPage, &PageHeader::checksum, h);
+}
+
+// The group at `at` of the journal's bytes, or nullptr.
+GroupHeader* StoreImpl::valid_group(uint8_t* journal, uint64_t at) const {
+  if (at + kBlock > geo_.journal_bytes) return nullptr;
+  auto* h = reinterpret_cast<GroupHeader*>(journal + at);
+  if (h->magic != kGroupMagic || h->uuid != super_.uuid[0] || h->bytes % kBlock != 0 || h->bytes == 0 ||
+      h->bytes > kGroupMax + kBlock || h->bytes > geo_.journal_bytes - at ||
+      uint64_t{h->records} * sizeof(Record) + sizeof *h > h->bytes)
+    return nullptr;
+  return h->checksum == sealed_sum(h, h->bytes, &GroupHeader::checksum, h) ? h : nullptr;
+}
+
+// A group that no barrier covered: its records are good, its data may be missing.
+void StoreImpl::apply_unflushed(const GroupHeader* h) {
+  const auto* rec = reinterpret_cast<const Record*>(h + 1);
+  for (uint32_t i = 0; i < h->records;) {
+    // All pieces of one put stand together: piece n-1 .. 0. All are good, or none is applied.
+    uint32_t end = i + 1;
+    while (end < h->records && rec[i].type == Record::kPut && rec[end - 1].key.rsv[0] != 0 &&
+           rec[end].type == Record::kPut)
+      end++;
+    bool good = true;
+    for (uint32_t k = i; k < end && good; k++) good = rec[k].type == Record::kDelete || data_matches(rec[k]);
+    for (uint32_t k = i; k < end && good; k++) apply(rec[k]);
+    i = end;
+  }
 }
 
 Status StoreImpl::replay() {
-  Buf j(geo_.journal_bytes);
+  AlignedBuf j(geo_.journal_bytes);
   constexpr uint64_t kStep = 1u << 20;
   for (uint64_t at = 0; at < geo_.journal_bytes; at += kStep) {
     const auto n = static_cast<uint32_t>(std::min(kStep, geo_.journal_bytes - at));
     if (int e = sync_io(Io::Op::Read, j.as<uint8_t>() + at, n, kJournalOff + at); e < 0)
       return {-e, "the journal can't be read"};
   }
-  auto valid = [&](uint64_t at) -> GroupHeader* {
-    if (at + kBlock > geo_.journal_bytes) return nullptr;
-    auto* h = reinterpret_cast<GroupHeader*>(j.as<uint8_t>() + at);
-    if (h->magic != kGroupMagic || h->uuid != super_.uuid[0] || h->bytes % kBlock != 0 || h->bytes == 0 ||
-        h->bytes > kGroupMax + kBlock || h->bytes > geo_.journal_bytes - at ||
-        uint64_t{h->records} * sizeof(Record) + sizeof *h > h->bytes)
-      return nullptr;
-    return h->checksum == sealed_sum(h, h->bytes, &GroupHeader::checksum, h) ? h : nullptr;
-  };
+  auto valid = [&](uint64_t at) { return valid_group(j.as<uint8_t>(), at); };
   // First the chain of groups, then what a barrier covered, then the rest with its data checked.
   std::vector<GroupHeader*> chain;
   uint64_t v = super_.journal_start, seq = super_.start_seq, flushed = super_.start_seq - 1;
@@ -218,17 +239,7 @@ Status StoreImpl::replay() {
       for (uint32_t i = 0; i < h->records; i++) apply(rec[i]);
       continue;
     }
-    for (uint32_t i = 0; i < h->records;) {
-      // All pieces of one put stand together: piece n-1 .. 0. All are good, or none is applied.
-      uint32_t end = i + 1;
-      while (end < h->records && rec[i].type == Record::kPut && rec[end - 1].key.rsv[0] != 0 &&
-             rec[end].type == Record::kPut)
-        end++;
-      bool good = true;
-      for (uint32_t k = i; k < end && good; k++) good = rec[k].type == Record::kDelete || data_matches(rec[k]);
-      for (uint32_t k = i; k < end && good; k++) apply(rec[k]);
-      i = end;
-    }
+    apply_unflushed(h);
   }
   if (Status s = applied(); s.err) return s;
   recovered_ = !chain.empty() || !super_.clean;
@@ -272,7 +283,7 @@ Status StoreImpl::claim_all() {
 
 int StoreImpl::write_super() {
   super_.checksum = xxh3(&super_, offsetof(SuperBlock, checksum));
-  Buf b(kBlock);
+  AlignedBuf b(kBlock);
   std::memcpy(b.p, &super_, sizeof super_);
   for (uint64_t off : kSuperOff) {
     if (int e = sync_io(Io::Op::Flush, nullptr, 0, 0); e < 0) return e;

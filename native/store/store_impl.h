@@ -2,6 +2,8 @@
 // operations), commit.cpp (journal, barriers, checkpoint) and recovery.cpp. Nobody outside native/store includes it.
 #pragma once
 
+#include <stdlib.h>
+
 #include <deque>
 #include <unordered_map>
 
@@ -17,6 +19,22 @@ namespace kvfs {
 struct KeyHash {
   size_t operator()(const ChunkKey& k) const { return xxh3(&k, sizeof k); }
 };
+
+// Memory for direct I/O, as long as the object.
+struct AlignedBuf {
+  explicit AlignedBuf(size_t n) { KVFS_CHECK(posix_memalign(&p, kBlock, n) == 0); }
+  ~AlignedBuf() { free(p); }
+  AlignedBuf(const AlignedBuf&) = delete;
+  AlignedBuf& operator=(const AlignedBuf&) = delete;
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(p);
+  }
+  void* p = nullptr;
+};
+
+// Whether a record read from the device is a possible one.
+bool sane(const Record& r, const Geometry& geo);
 
 inline ChunkKey piece_key(ChunkKey key, uint32_t piece) {
   key.rsv[0] = static_cast<uint8_t>(piece);
@@ -87,6 +105,7 @@ class StoreImpl final : public Store {
  private:
   friend struct ReadOp;
   friend struct WriteOp;
+  friend class Checker;  // check_store.cpp
 
   // store.cpp
   void complete(Request* r, int64_t result);
@@ -189,6 +208,11 @@ class StoreImpl final : public Store {
   Status load_checkpoint();
   Status replay();
   bool data_matches(const Record& rec);
+  static bool content_matches(const Record& rec, const uint8_t* data, const Trailer* tr);
+  uint64_t trailer_place(const Record& rec) const;
+  bool valid_page(PageHeader* h, uint32_t page) const;
+  GroupHeader* valid_group(uint8_t* journal, uint64_t at) const;
+  void apply_unflushed(const GroupHeader* h);
   void apply(const Record& rec);  // what does not fit into the index is left out, apply_err_ says so
   Status applied() const;
   Status claim_all();
