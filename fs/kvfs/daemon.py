@@ -24,6 +24,7 @@ import trio
 from kvfs.config import Config
 from kvfs.dataplane import DataPlane
 from kvfs.meta import namespaces, schema
+from kvfs.meta.kv import StoreError
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.mount import service
@@ -290,11 +291,12 @@ async def main(config: Config, started: trio.Event) -> None:
             nursery.start_soon(_signals, daemon.stop)
             await daemon.run(started=started)
             nursery.cancel_scope.cancel()
-    except* service.MountError as group:
-        raise DaemonError(str(group.exceptions[0]).rstrip(".")) from None
+    except* (service.MountError, StoreError) as group:
+        raise DaemonError(str(_leaves(group)[0]).rstrip(".")) from None
     except* OSError as group:
         first = next(e for e in _leaves(group) if isinstance(e, OSError))
-        raise DaemonError(first.strerror or str(first)) from group
+        place = first.filename if isinstance(first.filename, str) else config.dir
+        raise DaemonError(f"{place}: {first.strerror or first}") from group
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from kvfs_usrbio._native import ffi, lib
-from kvfs_usrbio.blocks import KEY_MAX, socket_path
 from kvfs_usrbio.client import Client, check
 
 ROOM = 64 << 10  # bytes of one answer
@@ -23,9 +22,9 @@ class Block(msgspec.Struct, frozen=True, order=True):
     mtime: int  # seconds since 1970
 
 
-def blocks(where: Path, tenant: str, name: str) -> Iterator[Block]:
+def blocks(socket: Path, tenant: str, name: str) -> Iterator[Block]:
     """Every block, in no order; one that is moved or put meanwhile may come twice or not at all."""
-    client = Client(socket_path(where))
+    client = Client(str(socket))
     namespace = client.open_namespace(tenant, name, read_only=True)
     ring = client.ring(2)
     room = client.alloc(ROOM)
@@ -44,8 +43,8 @@ def blocks(where: Path, tenant: str, name: str) -> Iterator[Block]:
         count = check(done[0].result, "list") // size
         if count == 0:
             return
-        found = ffi.cast("struct kvfs_scan_entry*", room.address)
+        found = ffi.from_buffer("struct kvfs_scan_entry[]", room.view)
         for i in range(count):
-            key = bytes(ffi.buffer(found[i].key, min(found[i].key_len, KEY_MAX))).hex()
-            yield Block(key + (".long" if found[i].key_len > KEY_MAX else ""), found[i].length, found[i].mtime)
+            key = bytes(ffi.buffer(found[i].key, min(found[i].key_len, lib.KVFS_KEY_MAX))).hex()
+            yield Block(key + (".long" if found[i].key_len > lib.KVFS_KEY_MAX else ""), found[i].length, found[i].mtime)
         cursor = found[count - 1].cursor

@@ -64,7 +64,12 @@ def bench(
     errors = Console(stderr=True)
     try:
         with Progress(
-            BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
         ) as bar:
             task = bar.add_task("", total=None)
 

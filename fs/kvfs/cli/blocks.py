@@ -34,7 +34,8 @@ def _opened(directory: Path | None, namespace: str, *, make: bool = False) -> Ge
 
     place = resolve(directory)
     tenant, name = split_namespace(namespace)
-    if not make and f"{tenant}/{name}" not in known_namespaces(place):
+    known = known_namespaces(place)
+    if not make and f"{tenant}/{name}" not in known:
         fail(f"no namespace {tenant}/{name} in {place}")
     try:
         with BlockStore.open(place, f"{tenant}/{name}") as store:

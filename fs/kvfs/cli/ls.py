@@ -6,6 +6,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from kvfs import daemon
 from kvfs.cli.node import Directory, known_namespaces, resolve, split_namespace
 from kvfs.cli.output import fail, print_json
 
@@ -37,7 +38,9 @@ def ls(
     def listed(name: str) -> list[Block]:
         try:
             # A block that moves while it is listed may come twice.
-            return sorted({block.key: block for block in blocks(place, *split_namespace(name))}.values())
+            return sorted(
+                {block.key: block for block in blocks(daemon.Layout(place).socket, *split_namespace(name))}.values()
+            )
         except OSError as e:
             fail(f"cannot list {name} of {place}: {e.strerror or e}")
 

@@ -33,7 +33,8 @@ def _run(
         return status.stats["evictions"] if status is not None else 0
 
     columns = (TextColumn("replaying"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         with trace.open("rb") as lines:
             total = sum(1 for _ in lines)
         task = bar.add_task("replay", total=min(total, limit) if limit else total)
