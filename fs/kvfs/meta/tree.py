@@ -84,6 +84,8 @@ class Tree:
     ) -> None:
         self.store = store
         self.clock = clock
+        self.changes = 0
+        """Committed by this object; `sync` has nothing to do while it stays the same."""
         self.session: Final = secrets.randbits(63)
         self._shard = self.session & 0xFF
         self._ino_lock = threading.Lock()
@@ -124,7 +126,9 @@ class Tree:
                 raise FsError(errno.EIO, "damaged metadata record") from error
             return result
 
-        return run(self.store, body)
+        done = run(self.store, body)
+        self.changes += 1
+        return done
 
     def _look(self, fn: Callable[[Op], T]) -> T:
         with self.store.transact(read_only=True) as txn:
@@ -385,6 +389,7 @@ class Tree:
     def trimmed(self, ino: int) -> None:
         """The data beyond the size is gone."""
         run(self.store, lambda txn: txn.delete(schema.trim_key(ino)))
+        self.changes += 1
 
     # -- renaming
 

@@ -14,8 +14,11 @@ import structlog
 from kvfs.meta.kv import FullError
 from kvfs.meta.schema import Inode
 
-ATTR_TIMEOUT_S: Final = 1.0
-ENTRY_TIMEOUT_S: Final = 1.0
+TIMEOUT_S: Final = 60.0
+"""How long the kernel keeps names and attributes. It makes every change of the tree itself, except writes of clients,
+which have them dropped."""
+VIEW_TIMEOUT_S: Final = 1.0
+"""Blocks come and go without the kernel."""
 BLOCK_SIZE: Final = 4096
 
 P = ParamSpec("P")
@@ -45,12 +48,12 @@ def guarded(handler: Callable[P, CoroutineType[Any, Any, R]]) -> Callable[P, Cor
     return wrapper
 
 
-def attributes(inode: Inode) -> pyfuse3.EntryAttributes:
+def attributes(inode: Inode, timeout_s: float = TIMEOUT_S) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = pyfuse3.InodeT(inode.ino)
     entry.generation = 0
-    entry.entry_timeout = ENTRY_TIMEOUT_S
-    entry.attr_timeout = ATTR_TIMEOUT_S
+    entry.entry_timeout = timeout_s
+    entry.attr_timeout = timeout_s
     entry.st_mode = pyfuse3.ModeT(inode.mode)
     entry.st_nlink = inode.nlink
     entry.st_uid = inode.uid

@@ -27,7 +27,7 @@ from kvfs.meta.errors import FsError
 from kvfs.meta.kv import Store
 from kvfs.meta.schema import Inode, Namespace
 
-from .attrs import attributes
+from .attrs import VIEW_TIMEOUT_S, attributes
 
 VIEW_NAME: Final = b".kvfs"
 VIEW_BIT: Final = 1 << 63
@@ -175,7 +175,8 @@ class BlockView:
             size = len(node.pending.data) if node.pending is not None else node.size
             when = node.mtime_ns
             entry = attributes(
-                Inode(node.ino, stat.S_IFREG | 0o444, 1, self._uid, self._gid, size, 0, when, when, when)
+                Inode(node.ino, stat.S_IFREG | 0o444, 1, self._uid, self._gid, size, 0, when, when, when),
+                VIEW_TIMEOUT_S,
             )
             if node.pending is not None:
                 entry.entry_timeout = 0
@@ -184,9 +185,10 @@ class BlockView:
         when = self._started_ns
         if node.path[1:] == (INFO_NAME,):
             size = len(self._info)
-            return attributes(Inode(node.ino, stat.S_IFREG | 0o444, 1, self._uid, self._gid, size, 0, when, when, when))
+            record = Inode(node.ino, stat.S_IFREG | 0o444, 1, self._uid, self._gid, size, 0, when, when, when)
+            return attributes(record, VIEW_TIMEOUT_S)
         mode = stat.S_IFDIR | (0o755 if len(node.path) > 1 else 0o555)
-        return attributes(Inode(node.ino, mode, 2, self._uid, self._gid, 0, 0, when, when, when))
+        return attributes(Inode(node.ino, mode, 2, self._uid, self._gid, 0, 0, when, when, when), VIEW_TIMEOUT_S)
 
     def _counted(self, node: Node) -> pyfuse3.EntryAttributes:
         node.lookups += 1

@@ -48,6 +48,8 @@ class OpenFiles:
         self._open: dict[int, OpenFile] = {}
         self._lingering: dict[int, OpenFile] = {}
         """Closed here, but still held by a client's file handle."""
+        self._syncing = trio.Lock()
+        self._synced = -1
         self._droppers = trio.CapacityLimiter(DROPPERS)
         self._send, self._receive = trio.open_memory_channel[tuple[int, int]](RECLAIM_QUEUE)
 
@@ -134,13 +136,21 @@ class OpenFiles:
         finally:
             await self.release(file)
 
-    async def fsync(self, file: OpenFile) -> None:
+    async def fsync(self, file: OpenFile, datasync: bool) -> None:
         await self.data.fsync(file.ino)
-        self.persist(file)
+        if not datasync or self.data.inode_size(file.ino) > file.stored_size:
+            self.persist(file)
         await self.sync()
 
     async def sync(self) -> None:
-        await trio.to_thread.run_sync(self.tree.sync)
+        """Every change of the tree so far becomes durable: one flush for all that wait, none if there is nothing new."""
+        wanted = self.tree.changes
+        async with self._syncing:
+            if self._synced >= wanted:
+                return
+            flushed = self.tree.changes
+            await trio.to_thread.run_sync(self.tree.sync)
+            self._synced = flushed
 
     async def drop_cached(self, ino: int) -> None:
         """A client has written to it: the kernel forgets its pages and attributes. May wait for reads under way."""

@@ -242,7 +242,8 @@ class MountOps(pyfuse3.Operations):
         record = self.tree.getattr(inode)
         if not stat.S_ISREG(record.mode):
             raise FsError(errno.EINVAL)
-        return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))))
+        # Pages read before are as good: only the kernel writes, and clients' writes drop them.
+        return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))), keep_cache=True)
 
     @guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -284,7 +285,7 @@ class MountOps(pyfuse3.Operations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         handle = self._handle(fh)
         if isinstance(handle, FileHandle):
-            await self.files.fsync(handle.file)
+            await self.files.fsync(handle.file, datasync)
         elif isinstance(handle, BlockHandle):
             await self.view.fsync(handle)
 
