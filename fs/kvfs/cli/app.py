@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import bench, blocks, config, doctor, ls, mount, node, replay
+from kvfs.cli import bench, blocks, config, doctor, ls, mount, node, replay, usrbio
 
 app = typer.Typer(
     name="kvfs",
@@ -28,6 +28,7 @@ app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("rm", epilog=blocks.RM_EXAMPLES)(blocks.rm)
+app.command("usrbio", epilog=usrbio.EXAMPLES)(usrbio.usrbio)
 
 
 def _print_version(wanted: bool) -> None:

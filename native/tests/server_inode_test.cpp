@@ -1,4 +1,4 @@
-// inode_test.cpp tests operations of another process on one file beside the mount's: order, sizes, and the questions to
+// server_inode_test.cpp tests operations of another process on one file beside the mount's: order, sizes, and the questions to
 // the daemon that a write or an fsync waits for.
 #include <fcntl.h>
 
