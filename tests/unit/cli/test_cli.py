@@ -13,7 +13,22 @@ from kvfs.cli.app import app
 from kvfs_tools import doctor
 
 runner = CliRunner()
-COMMANDS = ["config", "doctor", "up", "down", "status", "put", "get", "stat", "rm", "replay", "bench", "ls", "mount", "usrbio"]
+COMMANDS = [
+    "config",
+    "doctor",
+    "up",
+    "down",
+    "status",
+    "put",
+    "get",
+    "stat",
+    "rm",
+    "replay",
+    "bench",
+    "ls",
+    "mount",
+    "usrbio",
+]
 
 
 def kvfs(*arguments: str) -> subprocess.CompletedProcess[str]:
