@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import bench, blocks, config, doctor, ls, mount, node, replay, usrbio
+from kvfs.cli import bench, blocks, config, doctor, fsck, ls, mount, node, replay, usrbio
 
 app = typer.Typer(
     name="kvfs",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("config", epilog=config.EXAMPLES)(config.config)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("fsck", cls=fsck.Command, epilog=fsck.EXAMPLES)(fsck.fsck)
 app.command("up", epilog=node.UP_EXAMPLES)(node.up)
 app.command("down", epilog=node.DOWN_EXAMPLES)(node.down)
 app.command("status", epilog=node.STATUS_EXAMPLES)(node.status)
