@@ -1,4 +1,4 @@
-// ops.cpp owns the chunk operations: reads with their checksums, copy-on-write writes, deletion, and making room.
+// ops.cpp owns the chunk operations: reads with their checksums, copy-on-write writes, and deletion.
 //
 // A 4 KiB read: start_get -> read_chunk -> device -> on_read_io -> finish_piece_read -> complete.
 #include <errno.h>
@@ -75,7 +75,7 @@ void StoreImpl::start_get(Request* r) {
   if (!id) return complete(r, -ENOENT);
   st_.get_hits++;
   Entry& e = index_.at(id);
-  if (e.flag(Entry::kEvictable) && !(r->flags & Request::kNoTouch) && e.freq() < 3) e.set_freq(e.freq() + 1);
+  if (e.flag(Entry::kEvictable) && !(r->flags & Request::kNoTouch)) Evictor::touched(e);
   if (r->off >= e.len() || r->len == 0) return complete(r, 0);
   const uint32_t n = std::min(r->len, e.len() - r->off);
   r->result = n;
@@ -483,7 +483,9 @@ void StoreImpl::commit_write(WriteOp* op) {
     e.version = op->version;
     e.mtime = wall_s_;
     e.set_flag(Entry::kSealed, op->sealed);
-    e.set_flag(Entry::kEvictable, op->sealed && (r->flags & Request::kEvictable));
+    const bool evictable = op->sealed && (r->flags & Request::kEvictable);
+    e.set_flag(Entry::kEvictable, evictable);
+    if (evictable && k == 0) evictor_.added(id, key);
     if (p->tr) sums_.fill(p->off, *p->tr);
     keep_written(op, p, id);
     recs[n++] = record_of(id);
@@ -540,6 +542,7 @@ uint32_t StoreImpl::drop_chunk(uint32_t id, uint64_t) {
   st_.chunks--;
   (key.kind == Kind::Block ? st_.block_chunks : st_.file_chunks)--;
   st_.data_bytes -= total;
+  evictor_.removed(id);
   Record recs[kMaxPieces];
   uint64_t slots[kMaxPieces];
   uint32_t k = 0;
@@ -576,113 +579,6 @@ void StoreImpl::start_delete(Request* r) {
   else
     complete(r, 0);
   unlock(r->key);
-}
-
-// ---- room
-
-// Segments for a checkpoint of everything that is there and of `more` new pieces. What was deleted without a barrier,
-// and so may come back in a crash, is in quarantine.
-uint64_t StoreImpl::checkpoint_need(uint32_t more) const {
-  const uint64_t per = uint64_t{geo_.pages_per_segment()} * kPageRecords;
-  const uint64_t entries =
-      uint64_t{index_.size()} + quarantine_.size() + uint64_t{writes_in_flight_} * kMaxPieces + more;
-  return (entries + per - 1) / per;
-}
-
-// Free segments to leave, so that the next checkpoint fits, here or in the recovery after a crash. Whichever checkpoint
-// the crash leaves in force (the current one of C segments, or the next one of up to `need`), `need` others must be free:
-// free + C >= 2 * need, and free >= need. UINT32_MAX: no checkpoint holds as many.
-uint32_t StoreImpl::reserve_segments(uint32_t more) const {
-  const uint64_t need = checkpoint_need(more);
-  if (need > kMaxCheckpointSegments) return UINT32_MAX;
-  const uint64_t free = need + (need > super_.checkpoint_segments ? need - super_.checkpoint_segments : 0);
-  const uint32_t taken = ck_ == Ck::Idle ? 0 : ck_super_.checkpoint_segments;  // by the checkpoint under way
-  return static_cast<uint32_t>(free > taken ? free - taken : 0);
-}
-
-bool StoreImpl::short_of_space() const {
-  const uint64_t used = alloc_->used_bytes() - quarantined_bytes_;
-  return used > static_cast<uint64_t>(opt_.high_watermark * static_cast<double>(alloc_->capacity_bytes())) ||
-         !space_wait_.empty();
-}
-
-// CLOCK over the ids, which approximate the order of arrival. A new block is on probation (not "main"): it goes at the
-// hand's first pass unless it was read; a block that was read becomes main and loses one count per pass. One long scan
-// thus pushes out only its own blocks. Returns whether anything went.
-bool StoreImpl::evict_step(uint32_t budget) {
-  if (index_.capacity() == 0) return false;
-  const auto low = static_cast<uint64_t>(opt_.low_watermark * static_cast<double>(alloc_->capacity_bytes()));
-  bool any = false;
-  uint32_t need = space_wait_.empty() ? 0 : 64;  // make room for waiting puts even below the watermark
-  for (uint32_t i = 0; i < budget; i++) {
-    if (alloc_->used_bytes() - quarantined_bytes_ <= low && need == 0) break;
-    if (barren_ > 8 * index_.capacity() + 4096) break;
-    if (needs_stall()) {
-      ck_wanted_ = true;
-      break;
-    }
-    if (++hand_ > index_.capacity()) hand_ = 1;
-    barren_++;
-    if (!index_.live(hand_)) continue;
-    Entry& e = index_.at(hand_);
-    if (!e.flag(Entry::kEvictable)) continue;
-    const ChunkKey key = index_.key_of(hand_);
-    if (key.rsv[0] != 0 || locks_.contains(key)) continue;
-    if (e.freq() > 0) {
-      e.set_freq(e.freq() - 1);
-      e.set_flag(Entry::kMain, true);
-      continue;
-    }
-    if (e.flag(Entry::kMain)) {
-      e.set_flag(Entry::kMain, false);
-      continue;
-    }
-    drop_chunk(hand_, 0);
-    st_.evictions++;
-    barren_ = 0;
-    any = true;
-    if (need) need--;
-  }
-  return any;
-}
-
-void StoreImpl::wait_for_space(Request* r) {
-  space_wait_.push_back(r);
-  flush_wanted_ = true;
-  barren_ = 0;
-}
-
-// Slots come back after a barrier. When nothing can come back any more, the device is full.
-void StoreImpl::retry_space_waiters() {
-  if (space_wait_.empty() || failed_) return;
-  const bool more = !quarantine_.empty() || flush_busy_ || group_busy_ || !open_.empty() || ck_ != Ck::Idle;
-  const bool evictable = barren_ <= 8 * index_.capacity() + 4096;
-  std::deque<Request*> again;
-  again.swap(space_wait_);
-  for (Request* r : again) {
-    const uint32_t len = std::min(r->len, kPieceMax);
-    const bool whole = r->op == Request::Op::Put;
-    const uint32_t reserve = reserve_segments(whole ? pieces_of(r->len) : 1);
-    const uint32_t first = std::max(whole ? len : std::min(r->off + r->len, kPieceMax), 1u);
-    const uint64_t probe = alloc_->free_segments() < reserve ? 0 : alloc_->alloc(first, reserve);
-    if (probe) {
-      alloc_->release(probe);
-      uint32_t tries;
-      std::memcpy(&tries, r->priv, sizeof tries);
-      tries++;
-      std::memcpy(r->priv, &tries, sizeof tries);
-      if (tries < 64) {
-        r->op == Request::Op::Put ? start_put(r) : r->op == Request::Op::Write ? start_write(r) : start_truncate(r);
-        continue;
-      }
-    }
-    if (!more && !evictable && !can_defragment()) {
-      unlock(r->key);
-      complete(r, -ENOSPC);
-      continue;
-    }
-    space_wait_.push_back(r);
-  }
 }
 
 }  // namespace kvfs

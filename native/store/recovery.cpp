@@ -277,6 +277,7 @@ Status StoreImpl::claim_all() {
     st_.chunks++;
     (key.kind == Kind::Block ? st_.block_chunks : st_.file_chunks)++;
     st_.data_bytes += e.len();
+    if (e.flag(Entry::kEvictable)) evictor_.restored(id);
   }
   return {};
 }

@@ -224,7 +224,7 @@ void StoreImpl::tick(uint64_t now_ns) {
         ck_wanted_ = false;
     }
     checkpoint_step();
-    if (short_of_space()) evict_step(4096);
+    keep_room();
   }
   free_quarantined();
   retry_space_waiters();
@@ -248,7 +248,7 @@ bool StoreImpl::busy() const {
   if (failed_ || opt_.read_only) return false;
   return (!open_.empty() && !group_busy_) || (ck_wanted_ && ck_ == Ck::Idle) ||
          (ck_ == Ck::Scan && ck_pages_inflight_ < kCkDepth) || (flush_wanted_ && !flush_busy_ && !group_busy_) ||
-         (short_of_space() && barren_ <= 8 * index_.capacity() + 4096) ||
+         ((evicting_ || !space_wait_.empty()) && can_evict()) ||
          (drain_ != Allocator::kNone && drain_id_ <= index_.capacity() && moves_ < kMaxMoves && !drain_stuck_) ||
          (!stalled_.empty() && !needs_stall());
 }
@@ -300,7 +300,7 @@ StoreStats StoreImpl::stats() const {
   s.free_segments = alloc_->free_segments();
   s.total_segments = geo_.segments;
   s.free_bytes = uint64_t{s.free_segments} * geo_.stride() + alloc_->free_slot_bytes();
-  s.index_bytes = index_.memory_bytes();
+  s.index_bytes = index_.memory_bytes() + evictor_.memory_bytes();
   return s;
 }
 

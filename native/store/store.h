@@ -94,6 +94,7 @@ struct StoreStats {
   uint64_t free_segments, total_segments;
   uint64_t index_bytes;  // memory of the index, all of it
   uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;
+  uint64_t space_waits;                                                 // puts and writes that found no slot at once
   uint64_t mem_hits, mem_bytes;                                         // DRAM tier
   uint64_t journal_groups, journal_bytes, checkpoints, flushes, moves;  // moves: chunks relocated by defragmentation
   uint64_t dirty_bytes;                                                 // write-back cache

@@ -9,6 +9,7 @@
 
 #include "allocator.h"
 #include "check.h"
+#include "evict.h"
 #include "index.h"
 #include "layout.h"
 #include "memory_tier.h"
@@ -168,9 +169,12 @@ class StoreImpl final : public Store {
   void keep_written(const struct WriteOp* op, const Piece* p, uint32_t id);
   void drop_pages(uint32_t id);
 
-  // eviction and space (ops.cpp)
-  bool evict_step(uint32_t budget);
-  bool short_of_space() const;
+  // space.cpp: eviction and waiting for space
+  uint64_t taken_bytes() const;
+  uint64_t high_mark() const;
+  bool can_evict() const;
+  void keep_room();
+  void evict_step(uint32_t budget);
   uint64_t checkpoint_need(uint32_t more) const;
   uint32_t reserve_segments(uint32_t more) const;
   void wait_for_space(Request* r);
@@ -224,6 +228,7 @@ class StoreImpl final : public Store {
   Geometry geo_;
   SuperBlock super_{};
   Index index_;
+  Evictor evictor_{index_};
   std::unique_ptr<Allocator> alloc_;
   BufferPool pool_;
   SumsCache sums_;
@@ -255,8 +260,9 @@ class StoreImpl final : public Store {
   std::deque<Request*> space_wait_;  // wait for a slot
   uint32_t ops_ = 0;                 // reads and writes in flight
   uint32_t writes_in_flight_ = 0;
-  uint32_t hand_ = 0;    // eviction sweep
-  uint32_t barren_ = 0;  // ids swept since something was evicted
+  bool evicting_ = false;  // down to low_mark_
+  uint64_t low_mark_ = 0;  // bytes
+  uint64_t barren_ = 0;    // ids looked at since something was evicted
 
   // defragmentation: the segment being emptied
   static constexpr uint32_t kMaxMoves = 16;  // in flight
