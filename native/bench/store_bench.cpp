@@ -1,5 +1,5 @@
-// store_bench.cpp measures the chunk store alone on a real file or device: random 4 KiB gets, durable 4 KiB puts, 1 MiB puts
-// and gets, and the time to reopen a store with many chunks. Usage: store_bench PATH [SIZE_MiB] [CHUNKS_FOR_REOPEN].
+// store_bench.cpp measures the chunk store alone on a real file or device: random 4 KiB gets from the device and from the
+// DRAM tier, durable 4 KiB puts, 1 MiB puts and gets, and the time to reopen a store with many chunks. Usage: store_bench PATH [SIZE_MiB] [CHUNKS_FOR_REOPEN].
 // Prints one line per figure; compare with fio on the same file system in the same minutes.
 #include <stdlib.h>
 #include <string.h>
@@ -107,6 +107,57 @@ struct Bench {
     if (fixed >= 0) ring->unregister_buffer(fixed);
     free(mem);
   }
+
+  // Random 4 KiB gets of `blocks` blocks put before, in batches as the reactor takes them from a ring: hints for a group
+  // of keys, the gets, one turn.
+  void resident(const char* name, uint64_t blocks) {
+    run("put 4K, for the next", 64, 4096, blocks, 60, [](Request* r, uint64_t i) {
+      r->op = Request::Op::Put;
+      r->flags = 0;
+      r->key = key_of(i, 5);
+    });
+    for (const uint32_t batch : {64u, 1u}) {
+      std::vector<Request> reqs(batch);
+      void* mem = nullptr;
+      KVFS_CHECK(posix_memalign(&mem, 4096, size_t{4096} * batch) == 0);
+      finished = failed = 0;
+      const StoreStats before = store->stats();
+      const double cpu = cpu_s();
+      uint64_t end = now_ns() + 2000000000, begin = now_ns(), started = 0;
+      while (now_ns() < end) {
+        for (uint32_t i = 0; i < batch; i += Store::kPrefetch) {
+          const uint32_t n = batch - i < Store::kPrefetch ? batch - i : Store::kPrefetch;
+          ChunkKey keys[Store::kPrefetch];
+          for (uint32_t k = 0; k < n; k++) keys[k] = key_of(rnd() % blocks, 5);
+          if (n > 1) store->prefetch(keys, n);
+          for (uint32_t k = 0; k < n; k++, started++) {
+            Request& r = reqs[i + k];
+            r = Request{};
+            r.key = keys[k];
+            r.len = 4096;
+            r.mem = {static_cast<char*>(mem) + size_t{4096} * (i + k), -1};
+            r.owner = this;
+            r.done = [](Request* x) {
+              auto* b = static_cast<Bench*>(x->owner);
+              b->finished++;
+              b->failed += x->result != 4096;
+            };
+            store->submit(&r);
+          }
+        }
+        while (finished < started) {
+          store->tick(now_ns());
+          if (finished < started) ring->submit_and_wait(store->busy() ? 0 : 1000000);
+        }
+      }
+      const double s = static_cast<double>(now_ns() - begin) / 1e9;
+      printf("get 4K in batches of %2u, %-12s %9.0f /s  cpu %5.2f us each  (%lu done, %lu from memory, %lu failed)\n",
+             batch, name, static_cast<double>(finished) / s, (cpu_s() - cpu) / static_cast<double>(finished) * 1e6,
+             finished, store->stats().mem_hits - before.mem_hits, failed);
+      fflush(stdout);
+      free(mem);
+    }
+  }
 };
 
 }  // namespace
@@ -132,7 +183,9 @@ int main(int argc, char** argv) {
   dopt.create_bytes = size;
   must(UringDevice::open(*ring, argv[1], dopt, &dev));
   must(Store::format(*dev, {}));
-  must(Store::open(*dev, {}, &store));
+  StoreOptions cold;
+  cold.memory_bytes = 0;
+  must(Store::open(*dev, cold, &store));
   Bench b;
   b.ring = ring.get();
   b.dev = dev.get();
@@ -173,8 +226,18 @@ int main(int argc, char** argv) {
     r->key = key_of(rnd() % big, 3);
   });
   must(store->close());
-  if (many) {
+  store.reset();
+  for (const uint64_t memory : {0u, 256u << 20}) {
+    StoreOptions opt;
+    opt.memory_bytes = memory;
+    must(Store::format(*dev, {}));
+    must(Store::open(*dev, opt, &store));
+    b.store = store.get();
+    b.resident(memory ? "with memory" : "without", 8192);
+    must(store->close());
     store.reset();
+  }
+  if (many) {
     must(Store::format(*dev, {}));
     must(Store::open(*dev, {}, &store));
     b.store = store.get();
