@@ -38,6 +38,8 @@ class OpenFile:
     written_ns: int = 0
     """When data was last written, taken from the data plane and not yet in the tree; 0: nothing is taken."""
     resizing: int = 0
+    no_capability: bool = False
+    """It has no security.capability, for which the kernel asks before each write."""
     orphan: bool = False
 
 

@@ -27,6 +27,7 @@ from .files import OpenFile, OpenFiles
 
 READDIR_PAGE: Final = 128
 MAX_HANDLES: Final = 1 << 20
+CAPABILITY: Final = b"security.capability"
 
 
 @dataclass(slots=True)
@@ -352,12 +353,24 @@ class MountOps(pyfuse3.Operations):
         if inode & VIEW_BIT:
             raise FsError(errno.EPERM)
         self.tree.setxattr(inode, name, value)
+        file = self.files.held(inode)
+        if file is not None:
+            file.no_capability = False
 
     @guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         if inode & VIEW_BIT:
             raise FsError(errno.ENODATA)
-        return self.tree.getxattr(inode, name)
+        file = self.files.held(inode) if name == CAPABILITY else None
+        if file is None:
+            return self.tree.getxattr(inode, name)
+        if file.no_capability:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        try:
+            return self.tree.getxattr(inode, name)
+        except FsError as error:
+            file.no_capability = error.errno == errno.ENODATA
+            raise
 
     @guarded
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[XAttrNameT]:
