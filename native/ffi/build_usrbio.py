@@ -29,6 +29,8 @@ static void kvfs_py_fill(struct kvfs_block* b, int n, const char* keys, const ui
   }
 }
 
+static uintptr_t kvfs_py_address(const void* p) { return (uintptr_t)p; }
+
 static void kvfs_py_statuses(const struct kvfs_block* b, int n, int64_t* out) {
   for (int i = 0; i < n; ++i) out[i] = b[i].status;
 }
@@ -79,6 +81,7 @@ static int kvfs_py_wait(kvfs_ring* r, uint64_t* tags, int max, uint64_t timeout_
 CDEF = """
 void kvfs_py_fill(struct kvfs_block* b, int n, const char* keys, const uint8_t* lens, int key_len, uint64_t at,
                   uint64_t stride, uint32_t len);
+uintptr_t kvfs_py_address(const void* p);
 void kvfs_py_statuses(const struct kvfs_block* b, int n, int64_t* out);
 int kvfs_py_run(kvfs_ring* r, struct kvfs_batch* batch, uint64_t timeout_ns);
 int kvfs_py_call(kvfs_ring* r, struct kvfs_batch* batch, struct kvfs_block* b, int64_t* statuses, int n, uint8_t opcode,

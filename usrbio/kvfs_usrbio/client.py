@@ -15,6 +15,8 @@ from typing import Any
 from kvfs_usrbio._native import ffi, lib
 from kvfs_usrbio.memory import Data, Memory, memory_of
 
+Area = tuple[int, int, int]  # end address, iov id, address of the iov's first byte
+
 _forks = 0  # how often this process has been forked from one that had this module
 
 
@@ -100,7 +102,7 @@ class Ring:
         self.handle = handle
 
 
-def _free(connection: _Connection, areas: dict[int, tuple[int, int]], base: int, iov: Any) -> None:
+def _free(connection: _Connection, areas: dict[int, Area], base: int, iov: Any) -> None:
     areas.pop(base, None)
     lib.kvfs_iov_free(connection.handle, iov)
     connection.drop()
@@ -121,8 +123,8 @@ class Client:
         self._forks = _forks
         self.handle: Any = out[0]
         weakref.finalize(self, self._connection.drop).atexit = False
-        self._areas: dict[int, tuple[int, int]] = {}  # first address: (end address, iov id)
-        self._bases: dict[int, int] = {}  # first address: the iov's, where that is another
+        self._areas: dict[int, Area] = {}  # by first address
+        self._last: tuple[int, Area] = 0, (0, 0, 0)  # found last
         self._registered: dict[int, tuple[Memory, Any]] = {}  # by Buffer.address
 
     def check_fork(self) -> None:
@@ -133,7 +135,7 @@ class Client:
         iov = ffi.new("struct kvfs_iov*")
         check(lib.kvfs_iov_alloc(self.handle, size, lib.KVFS_IOV_HUGE if huge else 0, iov), f"allocate {size} bytes")
         base = int(ffi.cast("uintptr_t", iov.base))
-        self._areas[base] = (base + iov.size, iov.id)
+        self._areas[base] = base + iov.size, iov.id, base
         self._connection.hold()
         # Views and arrays keep `memory` alive, not the other way round; weakref.finalize, unlike ffi.gc, also runs with
         # its arguments whole when the memory is part of a garbage cycle.
@@ -161,8 +163,7 @@ class Client:
         check(result, f"register {memory.size} bytes")
         base = int(ffi.cast("uintptr_t", iov.base))
         # Only the caller's own bytes: what else lies in the first and last page is not theirs to have transferred.
-        self._areas[memory.address] = (memory.address + memory.size, iov.id)
-        self._bases[memory.address] = base
+        self._areas[memory.address] = memory.address + memory.size, iov.id, base
         self._registered[memory.address] = memory, iov
         return Buffer(view, memory.address, iov.id, memory.address - base)
 
@@ -170,7 +171,6 @@ class Client:
         """Waits for transfers under way in it. The memory is then the caller's alone; the Buffer's view must go."""
         memory, iov = self._registered.pop(buffer.address)
         self._areas.pop(buffer.address, None)
-        self._bases.pop(buffer.address, None)
         buffer.iov = -1
         if iov is not None:
             lib.kvfs_iov_free(self.handle, iov)
@@ -178,9 +178,14 @@ class Client:
 
     def find(self, address: int, size: int) -> tuple[int, int] | None:
         """(iov id, offset) if all of the memory is shared with the daemon."""
-        for base, (end, number) in tuple(self._areas.items()):
-            if base <= address and address + size <= end:
-                return number, address - self._bases.get(base, base)
+        start, area = self._last
+        # Still there: the collector may have freed it, and its addresses may be another's by now.
+        if start <= address and address + size <= area[0] and self._areas.get(start) is area:
+            return area[1], address - area[2]
+        for start, area in tuple(self._areas.items()):
+            if start <= address and address + size <= area[0]:
+                self._last = start, area
+                return area[1], address - area[2]
         return None
 
     def open_namespace(self, tenant: str, name: str, *, read_only: bool) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-from kvfs_usrbio._native import ffi
+from kvfs_usrbio._native import ffi, lib
 
 Data = Any  # one of the objects above
 
@@ -117,4 +117,4 @@ def memory_of(data: Data, *, writable: bool) -> Memory:
         if interface is None:
             raise
         return _of_interface(interface, data, writable)
-    return Memory(int(ffi.cast("uintptr_t", native)), len(native), None, native)
+    return Memory(lib.kvfs_py_address(native), len(native), None, native)
