@@ -25,7 +25,7 @@ SIZE = 256 << 20
 
 
 async def main(directory: Path, point: Path) -> None:
-    data_file = directory / "chunks"
+    data_file = directory / "store.kvfs"
     if not data_file.exists():
         format_store(data_file, SIZE, segment_bytes=16 << 20, journal_bytes=8 << 20)
     store = SqliteStore(directory / "meta.db")
