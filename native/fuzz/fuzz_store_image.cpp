@@ -1,5 +1,5 @@
 // fuzz_store_image.cpp feeds the store damaged and forged device images: whatever is on the device, opening it, reading all
-// of it and changing it must end with a result, never with a crash, a hang or an I/O outside the device.
+// of it, changing it, checking and mending it must end with a result, never with a crash, a hang or an I/O outside the device.
 //
 // Input: one byte that chooses the image and the options, then patches (what, which, where, bytes). Afterwards superblocks,
 // checkpoint pages and journal groups get right checksums again, so that patches reach the code behind them.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../store/check.h"
+#include "../store/check_store.h"
 #include "../store/layout.h"
 #include "../store/store.h"
 #include "../tests/sim_device.h"
@@ -19,7 +20,7 @@
 namespace kvfs {
 namespace {
 
-constexpr uint64_t kSize = 20u << 20;
+constexpr uint64_t kSize = 8u << 20;  // nearly full: recovery has to find room for its checkpoint
 constexpr uint32_t kLargest = 2u << 20;
 
 SimOptions options(uint32_t align) {
@@ -213,6 +214,19 @@ void reseal(const Base& b, SimImage& image) {
   }
 }
 
+// After a repair that was possible the store has nothing unsound.
+void mend(SimDevice& dev) {
+  CheckOptions opt;
+  opt.data = opt.repair = opt.orphans = true;
+  opt.namespaces = {1};
+  opt.files = {{2, 1 << 20}, {3, 1 << 20}};
+  CheckReport report;
+  if (!check_store(dev, opt, &report)) return;
+  opt.repair = false;
+  KVFS_CHECK(check_store(dev, opt, &report));
+  KVFS_CHECK(report.findings.empty());
+}
+
 void use(SimDevice& dev, Store& store) {
   Runner r{dev, store};
   std::vector<ChunkInfo> found;
@@ -273,6 +287,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   for (int i = 0; i < 16 && !in.empty(); i++) patch(b, image, in);
   if (!(mode & 0x80)) reseal(b, image);
   SimDevice dev(options(b.align), std::move(image));
+  if (mode & 0x10) mend(dev);
   StoreOptions opt;
   opt.read_only = mode & 0x40;
   opt.verify = !(mode & 0x20);
