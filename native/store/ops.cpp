@@ -499,6 +499,10 @@ void StoreImpl::commit_write(WriteOp* op) {
     unflushed_bytes_ += p->len;
   }
   const uint64_t seq = log(recs, n);
+  if (!space_wait_.empty()) {  // what is published can be moved out of the way
+    defrag_barren_ = false;
+    defrag_fresh_ = true;
+  }
   if (old_slot) quarantine(old_slot, seq);
   (op->sealed ? st_.puts : st_.writes)++;
   st_.bytes_written += r->len;

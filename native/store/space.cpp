@@ -86,7 +86,8 @@ void StoreImpl::wait_for_space(Request* r) {
 // Slots come back after a barrier. When nothing can come back any more, the device is full.
 void StoreImpl::retry_space_waiters() {
   if (space_wait_.empty() || failed_) return;
-  const bool more = !quarantine_.empty() || flush_busy_ || group_busy_ || !open_.empty() || ck_ != Ck::Idle;
+  const bool more =
+      writes_in_flight_ || !quarantine_.empty() || flush_busy_ || group_busy_ || !open_.empty() || ck_ != Ck::Idle;
   const bool evictable = can_evict();
   std::deque<Request*> again;
   again.swap(space_wait_);

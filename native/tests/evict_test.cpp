@@ -238,5 +238,36 @@ TEST(Evict, PutsIntoAFullStoreDoNotWait) {
   }
 }
 
+// More sizes than segments, all in flight together: those that wait find room once the others can be moved.
+TEST(Evict, ManySizesAtOnceWaitForEachOther) {
+  for (uint64_t seed = 1; seed <= 5; seed++) {
+    SimOptions so = sim(seed, 36u << 20);
+    so.record = false;
+    SimDevice dev(so);
+    ASSERT_TRUE(Store::format(dev, kSmall));
+    Harness h(dev);
+    ASSERT_TRUE(h.open());
+    std::vector<Request> reqs(200);
+    std::vector<std::unique_ptr<Mem>> mem;
+    size_t done = 0;
+    for (uint32_t i = 0; i < 200; i++) {
+      Request& r = reqs[i];
+      r.op = Request::Op::Put;
+      r.key = block_key(i);
+      r.len = 1000 + 317 * i;
+      mem.push_back(std::make_unique<Mem>(r.len));
+      std::memset(mem.back()->get(), static_cast<int>(i), r.len);
+      r.mem = {mem.back()->get(), -1};
+      r.owner = &done;
+      r.done = [](Request* x) { ++*static_cast<size_t*>(x->owner); };
+      h.store->submit(&r);
+    }
+    for (int i = 0; done < 200 && i < 200000; i++) h.turn();
+    ASSERT_EQ(done, 200u);
+    for (const Request& r : reqs) ASSERT_EQ(r.result, 1) << "seed " << seed << ", " << r.len << " bytes";
+    ASSERT_TRUE(h.store->close());
+  }
+}
+
 }  // namespace
 }  // namespace kvfs
