@@ -14,6 +14,7 @@ namespace kvfs {
 
 uint64_t StoreImpl::log(const Record* recs, uint32_t n) {
   KVFS_CHECK(n <= kMaxPieces * 2);
+  if (open_.empty()) open_since_ = now_ns_;
   if (open_.empty() || open_.back().size() + n > kGroupRecords) open_.emplace_back();
   open_.back().insert(open_.back().end(), recs, recs + n);
   if (!lazy_since_) lazy_since_ = now_ns_ ? now_ns_ : 1;
@@ -25,10 +26,19 @@ void StoreImpl::wait_durable(Request* r, uint64_t seq) {
   flush_wanted_ = true;
 }
 
+// A group waits a little for company: for the writes already at the device if somebody waits for a barrier (so that 64
+// puts in flight share one), else for more records. How long is part of the stated bound of lazy operations.
+uint64_t StoreImpl::hold_until() const {
+  if (closing_ || open_.size() != 1 || !space_wait_.empty() || ck_ == Ck::Journal) return 0;
+  if (durable_.empty() && !flush_wanted_) return open_since_ + kLazyHoldNs;
+  return writes_in_flight_ > 0 ? open_since_ + kDurableHoldNs : 0;
+}
+
 void StoreImpl::write_group() {
-  if (group_busy_ || open_.empty()) return;
+  if (group_busy_ || open_.empty() || now_ns_ < hold_until()) return;
   std::vector<Record> recs = std::move(open_.front());
   open_.pop_front();
+  open_since_ = now_ns_;
   const uint32_t used = static_cast<uint32_t>(sizeof(GroupHeader) + recs.size() * sizeof(Record));
   const uint32_t bytes = static_cast<uint32_t>(round_up(used, kBlock));
   const uint64_t at = head_v_ % geo_.journal_bytes;

@@ -239,15 +239,17 @@ void StoreImpl::tick(uint64_t now_ns) {
 }
 
 uint64_t StoreImpl::deadline_ns() const {
-  if (!lazy_since_) return UINT64_MAX;
-  return lazy_since_ + uint64_t{opt_.lazy_ms} * 500000;
+  uint64_t at = lazy_since_ ? lazy_since_ + uint64_t{opt_.lazy_ms} * 500000 : UINT64_MAX;
+  if (!open_.empty() && !group_busy_) at = std::min(at, std::max(hold_until(), now_ns_));
+  return at;
 }
 
 bool StoreImpl::busy() const {
   if (done_head_) return true;
   if (failed_ || opt_.read_only) return false;
-  return (!open_.empty() && !group_busy_) || (ck_wanted_ && ck_ == Ck::Idle) ||
-         (ck_ == Ck::Scan && ck_pages_inflight_ < kCkDepth) || (flush_wanted_ && !flush_busy_ && !group_busy_) ||
+  return (!open_.empty() && !group_busy_ && now_ns_ >= hold_until()) || (ck_wanted_ && ck_ == Ck::Idle) ||
+         (ck_ == Ck::Scan && ck_pages_inflight_ < kCkDepth) ||
+         (flush_wanted_ && !flush_busy_ && !group_busy_ && written_seq_ > flushed_seq_) ||
          ((evicting_ || !space_wait_.empty()) && can_evict()) ||
          (drain_ != Allocator::kNone && drain_id_ <= index_.capacity() && moves_ < kMaxMoves && !drain_stuck_) ||
          (!stalled_.empty() && !needs_stall());
@@ -255,13 +257,15 @@ bool StoreImpl::busy() const {
 
 Status StoreImpl::close() {
   if (opt_.read_only) return {};
+  closing_ = true;  // nothing waits for company any more: the journal after the last checkpoint is empty
   auto turn = [&] {
     timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
     tick(static_cast<uint64_t>(ts.tv_sec) * 1000000000u + static_cast<uint64_t>(ts.tv_nsec));
     dev_.poll(!busy() && dev_.inflight() > 0);
   };
-  while (ops_ || !stalled_.empty() || !space_wait_.empty() || !durable_.empty() || ck_ != Ck::Idle || done_head_)
+  while (ops_ || !stalled_.empty() || !space_wait_.empty() || !durable_.empty() || ck_ != Ck::Idle || done_head_ ||
+         (!failed_ && (!open_.empty() || group_busy_)))
     turn();
   if (failed_) return {failed_, "the store had a write error and was left as after a crash"};
   Status st = checkpoint_now();

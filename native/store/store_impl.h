@@ -190,6 +190,7 @@ class StoreImpl final : public Store {
   // commit.cpp
   uint64_t log(const Record* recs, uint32_t n);  // sequence number that makes them durable once flushed
   void wait_durable(Request* r, uint64_t seq);
+  uint64_t hold_until() const;
   void write_group();
   static void on_group(Io* io);
   void start_flush();
@@ -275,6 +276,9 @@ class StoreImpl final : public Store {
 
   // journal
   std::deque<std::vector<Record>> open_;  // groups not yet handed to the device; the first gets next_seq_
+  static constexpr uint64_t kDurableHoldNs = 500000, kLazyHoldNs = 2000000;
+  bool closing_ = false;
+  uint64_t open_since_ = 0;  // when the first of them began to fill
   uint64_t next_seq_ = 1;
   uint64_t written_seq_ = 0, flushed_seq_ = 0, flush_target_ = 0;
   uint64_t head_v_ = 0, tail_v_ = 0;
