@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
-       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync
+       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync fio strace
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)
@@ -116,7 +116,7 @@ fuzz: $(STAMPS)/apt $(STAMPS)/apt-clang
 	done
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo $(TRACE)
 
 clean:
 	rm -rf build $(VENV) dist .pytest_cache .ruff_cache
