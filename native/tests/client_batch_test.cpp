@@ -86,6 +86,10 @@ TEST_F(BatchTest, ManyAtOnceThroughTheEventDescriptor) {
 }
 
 TEST_F(BatchTest, MemoryOfTheClientsOwn) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP()
+      << "client and daemon share a process here: the client's look at all descriptors races with the daemon's close";
+#endif
   int fd = memfd_create("engine", MFD_CLOEXEC);
   ASSERT_EQ(ftruncate(fd, 1 << 20), 0);
   void* mem = mmap(nullptr, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
