@@ -26,7 +26,7 @@ constexpr char kUsage[] =
     "  --size BYTES    of a block, 8 to 16M, such as 4096 or 1M; a multiple of 8 (default 4096)\n"
     "  --depth N       operations in flight, 1 to 1024 (default 64)\n"
     "  --batch         hand over DEPTH at once and wait for all of them, instead of replacing each one that ends\n"
-    "  --reap N        completions to wait for each time, 1 to DEPTH (default 1; --batch: DEPTH)\n"
+    "  --reap N        completions to wait for each time, 1 to DEPTH (default 1; --batch: 16)\n"
     "  --first N       number of the range's first key or piece (default 0)\n"
     "  --count N       keys or pieces in the range (default 1000)\n"
     "  --seconds S     stop after S seconds; 0: after the range, or after COUNT operations (default 0)\n"
@@ -37,6 +37,7 @@ constexpr char kUsage[] =
     "  --seed N        of the random order (default 1)\n";
 
 constexpr int kMaxDepth = 1024;
+constexpr size_t kPart = 16;  // of a batch
 constexpr uint32_t kPage = 4096;
 constexpr uint64_t kTimeoutNs = 60000000000u;
 constexpr int kBucketsPerOctave = 16, kBuckets = 64 * kBucketsPerOctave;
@@ -196,15 +197,17 @@ class Run {
     uint64_t now = begin, started = 0;
     const Cpu own = own_cpu(), daemon = o_.daemon != 0 ? cpu_of(o_.daemon) : Cpu{};
     for (;;) {
-      const bool more = now < limit;
+      // A batch begins when the one before is whole. Its parts go out and are taken in as they come, as kvfs_get does it.
+      const bool more = now < limit && (!o_.batch || idle.size() == slots_.size());
       while (more && !idle.empty() && (endless || started < o_.count)) {
         start(idle.back(), started++, now);
         idle.pop_back();
+        if (o_.batch && idle.size() % kPart == 0) kvfs_submit(ring_);
       }
       const int busy = o_.depth - static_cast<int>(idle.size());
       if (busy == 0) break;
       kvfs_submit(ring_);
-      const int want = o_.batch ? busy : o_.reap < busy ? o_.reap : busy;
+      const int want = o_.reap < busy ? o_.reap : busy;
       const int got = kvfs_wait(ring_, cqe, want, o_.depth, kTimeoutNs);
       if (got < 0) die("wait", -got);
       now = now_ns();
@@ -419,7 +422,7 @@ Options parse(int argc, char** argv) {
   o.target = argv[optind + 1];
   if (of_file(o.op) && o.size % kPage != 0) usage("a file's pieces are multiples of 4096 bytes");
   if (o.size % 8 != 0) usage("--size is a multiple of 8");
-  if (o.reap == 0) o.reap = 1;
+  if (o.reap == 0) o.reap = o.batch && o.depth > static_cast<int>(kPart) ? static_cast<int>(kPart) : 1;
   if (o.reap > o.depth) usage("--reap is 1 to DEPTH");
   return o;
 }

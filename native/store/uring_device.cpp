@@ -18,9 +18,9 @@
 namespace kvfs {
 namespace {
 
-constexpr uint32_t kMaxRetries = 64;                          // of one operation, after EAGAIN or EINTR
-constexpr unsigned kMaxPasses = 16;                           // over the completion queue in one call
-constexpr unsigned kBatch = 128;                              // completions per pass
+constexpr uint32_t kMaxRetries = 64;  // of one operation, after EAGAIN or EINTR
+constexpr unsigned kMaxPasses = 16;   // over an overflowing completion queue in one call
+constexpr unsigned kBatch = 16;       // completions per call: what they lead to goes out before the rest is looked at
 constexpr uint64_t kTagPoll = 1, kTagNone = 2, kTagMask = 3;  // low bits of user_data; 0: an Op
 constexpr unsigned kPollBits = 12;                            // of a poll handle: index; above: generation
 constexpr uint32_t kGenMask = (1u << (31 - kPollBits)) - 1;
@@ -294,24 +294,20 @@ unsigned Uring::reap() {
   };
   Done done[kBatch];
   const unsigned before = events_;
-  for (unsigned pass = 0; pass < kMaxPasses; ++pass) {
-    unsigned n = 0, head;
-    io_uring_cqe* cqe;
-    io_uring_for_each_cqe(&ring_, head, cqe) {  // copied first: callbacks may enter the kernel
-      done[n++] = {cqe->user_data, cqe->res, cqe->flags};
-      if (n == kBatch) break;
+  unsigned n = 0, head;
+  io_uring_cqe* cqe;
+  io_uring_for_each_cqe(&ring_, head, cqe) {  // copied first: callbacks may enter the kernel
+    done[n++] = {cqe->user_data, cqe->res, cqe->flags};
+    if (n == kBatch) break;
+  }
+  io_uring_cq_advance(&ring_, n);
+  for (unsigned i = 0; i < n; ++i) {
+    const Done& d = done[i];
+    if ((d.user_data & kTagMask) == 0) {
+      on_op(reinterpret_cast<Op*>(d.user_data), d.res);
+    } else if ((d.user_data & kTagMask) == kTagPoll) {
+      on_poll(d.user_data, d.res, d.flags);
     }
-    if (n == 0) break;
-    io_uring_cq_advance(&ring_, n);
-    for (unsigned i = 0; i < n; ++i) {
-      const Done& d = done[i];
-      if ((d.user_data & kTagMask) == 0) {
-        on_op(reinterpret_cast<Op*>(d.user_data), d.res);
-      } else if ((d.user_data & kTagMask) == kTagPoll) {
-        on_poll(d.user_data, d.res, d.flags);
-      }
-    }
-    if (n < kBatch) break;
   }
   return events_ - before;
 }
