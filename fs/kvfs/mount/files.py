@@ -215,9 +215,19 @@ class OpenFiles:
         while orphans := self.tree.orphans(after):
             for ino, _ in orphans:
                 after = ino
-                with contextlib.suppress(FileNotFoundError):
-                    await self.data.delete(ino, self.tree.getattr(ino).size)
+                size = self._size(ino)
+                if size is not None:
+                    await self.data.delete(ino, size)
                     self.tree.reclaim(ino)
+
+    def _size(self, ino: int) -> int | None:
+        """The stored size; None if there is no such inode."""
+        try:
+            return self.tree.getattr(ino).size
+        except FsError as e:
+            if e.errno != errno.ENOENT:
+                raise
+            return None
 
     async def _drop_unknown(self) -> None:
         """Data beyond the stored size, or of no file: written before a crash that the size did not survive.
@@ -228,12 +238,10 @@ class OpenFiles:
         async for ino, number, length in self.data.file_scan():
             ends[ino] = max(ends.get(ino, 0), number * FILE_CHUNK + length)
         for ino, end in ends.items():
-            try:
-                size = self.tree.getattr(ino).size
-            except FileNotFoundError:
+            size = self._size(ino)
+            if size is None:
                 await self.data.delete(ino, end)
-                continue
-            if end > size:
+            elif end > size:
                 self.data.inode_open(ino, end)
                 try:
                     await self.data.truncate(ino, size)
