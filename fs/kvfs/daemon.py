@@ -86,6 +86,9 @@ class StatusReport(msgspec.Struct, frozen=True):
 
 class AdminRequest(msgspec.Struct, frozen=True):
     command: str
+    tenant: str = ""
+    name: str = ""
+    durable: bool = False
 
 
 class AdminAnswer(msgspec.Struct, frozen=True):
@@ -229,6 +232,15 @@ class Daemon:
                     client, _ = await listening.accept()
                     nursery.start_soon(self._answer, client, limit, data)
 
+    def _create(self, request: AdminRequest) -> AdminAnswer:
+        cls = schema.NamespaceClass.DURABLE if request.durable else schema.NamespaceClass.CACHE
+        try:
+            made = namespaces.create(self.store, request.tenant, request.name, cls, exist_ok=False)
+        except OSError as e:
+            return AdminAnswer(error=e.strerror or str(e))
+        self._publish(request.tenant, request.name, made)
+        return AdminAnswer()
+
     async def _answer(self, client: trio.socket.SocketType, limit: trio.CapacityLimiter, data: DataPlane) -> None:
         with client, contextlib.suppress(OSError, msgspec.DecodeError):
             async with limit:
@@ -241,6 +253,8 @@ class Daemon:
                         case "stop":
                             answer = AdminAnswer()
                             self.stop.set()
+                        case "namespace":
+                            answer = self._create(request)
                         case other:
                             answer = AdminAnswer(error=f"unknown command {other[:40]!r}")
                     await client.send(msgspec.json.encode(answer))
@@ -306,7 +320,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
-def ask(directory: Path, command: str) -> AdminAnswer:
+def ask(directory: Path, request: str | AdminRequest) -> AdminAnswer:
     """One question to the daemon of a data directory; DaemonError if none runs there."""
     layout = Layout(directory.absolute())
     try:
@@ -315,7 +329,7 @@ def ask(directory: Path, command: str) -> AdminAnswer:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
             s.settimeout(10)
             s.connect(str(layout.admin))
-            s.sendall(msgspec.json.encode(AdminRequest(command)))
+            s.sendall(msgspec.json.encode(AdminRequest(request) if isinstance(request, str) else request))
             s.shutdown(socket.SHUT_WR)
             raw = b""
             while part := s.recv(65536):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvfs.mount import service
+from kvfs_usrbio import MISS, BlockStore
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -141,6 +142,38 @@ def test_another_length_under_the_same_key_is_refused(where: tuple[str, str]) ->
     kvfs("put", *where, "same/key", "01", "-", data=b"abc")
     assert "File exists" in refused("put", *where, "same/key", "01", "-", data=b"abcd")
     assert kvfs("get", *where, "same/key", "01") == "abc"
+
+
+def test_blocks_of_a_durable_namespace_are_never_evicted(tmp_path: Path) -> None:
+    where = "--dir", str(tmp_path / "kv")
+    size = 64 << 10
+    keys = [i.to_bytes(4, "big") for i in range(3000)]
+    try:
+        kvfs("up", *where, "--size", "128M", "--detach")
+        assert kvfs("namespace", *where, "me/kept", "--durable") == "me/kept: durable\n"
+        assert "exists" in refused("namespace", *where, "me/kept")
+        with BlockStore.open(where[1], "me/kept") as kept, BlockStore.open(where[1], "me/cache") as cache:
+            buffer = cache.alloc(64 * size)
+            buffer.view[:] = bytes(range(256)) * (len(buffer) // 256)
+            parts = [buffer[i * size : (i + 1) * size] for i in range(64)]
+            assert kept.put(keys[:64], parts) == [1] * 64
+            for first in range(0, len(keys), 60):
+                assert cache.put(keys[first : first + 60], parts[:60]) == [1] * 60
+            assert cache.exists(keys[:1]) == [MISS]
+            buffer.view[:] = bytes(len(buffer))
+            assert kept.get(keys[:64], parts) == [size] * 64
+            assert bytes(parts[63]) == bytes(range(256)) * (size // 256)
+        # It is still durable after a restart.
+        kvfs("down", *where)
+        kvfs("up", *where, "--detach")
+        with BlockStore.open(where[1], "me/kept") as kept, BlockStore.open(where[1], "me/cache") as cache:
+            more = [b"more" + key for key in keys[:1800]]
+            for first in range(0, len(more), 60):
+                assert cache.put(more[first : first + 60], [bytes(size)] * 60) == [1] * 60
+            assert kept.exists(keys[:64]) == [size] * 64
+    finally:
+        run("down", *where)
+        service.unmount(tmp_path / "kv" / "mnt")
 
 
 def test_nothing_runs_there(tmp_path: Path) -> None:

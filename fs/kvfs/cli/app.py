@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import bench, blocks, config, doctor, fsck, ls, mount, node, replay, usrbio
+from kvfs.cli import bench, blocks, config, doctor, fsck, ls, mount, namespace, node, replay, usrbio
 
 app = typer.Typer(
     name="kvfs",
@@ -22,6 +22,7 @@ app.command("up", epilog=node.UP_EXAMPLES)(node.up)
 app.command("down", epilog=node.DOWN_EXAMPLES)(node.down)
 app.command("status", epilog=node.STATUS_EXAMPLES)(node.status)
 app.command("mount", epilog=mount.EXAMPLES)(mount.mount)
+app.command("namespace", epilog=namespace.EXAMPLES)(namespace.namespace)
 app.command("ls", epilog=ls.EXAMPLES)(ls.ls)
 app.command("put", epilog=blocks.PUT_EXAMPLES)(blocks.put)
 app.command("get", epilog=blocks.GET_EXAMPLES)(blocks.get)

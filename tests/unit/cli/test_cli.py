@@ -19,6 +19,7 @@ COMMANDS = [
     "up",
     "down",
     "status",
+    "namespace",
     "put",
     "get",
     "stat",
