@@ -13,6 +13,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "../store/check.h"
@@ -21,39 +22,15 @@
 namespace kvfs {
 
 namespace {
+constexpr int kMaxAccepts = 16;  // between looks at the clients there are
 constexpr uint64_t kListenTag = 0, kPostTag = ~uint64_t(0);
-
-// A sealed memfd mapped here. The seals keep the client from shrinking it under our feet (SIGBUS). Ordinary shmem and
-// not hugetlbfs: a client may punch holes, and refilling one must never depend on a pool that can be empty.
-int make_shared(const char* name, uint64_t bytes, bool huge, int* fd, void** mem) {
-  *fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (*fd < 0) return -errno;
-  int err = 0;
-  if (ftruncate(*fd, off_t(bytes)) != 0 || fcntl(*fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-    err = -errno;
-  } else {
-    *mem = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
-    if (*mem == MAP_FAILED) {
-      err = -errno;
-    } else {
-      if (huge) madvise(*mem, bytes, MADV_HUGEPAGE);
-      if (madvise(*mem, bytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
-        err = -errno;
-        munmap(*mem, bytes);
-      }
-    }
-  }
-  if (err != 0) {
-    close(*fd);
-    *fd = -1;
-  }
-  return err;
-}
 }  // namespace
 
 ControlServer::ControlServer(const ControlConfig& cfg, Reactor* reactor, InodeTable* inodes, Namespaces* ns,
                              Upcalls* upcalls)
-    : cfg_(cfg), reactor_(reactor), inodes_(inodes), ns_(ns), upcalls_(upcalls) {}
+    : cfg_(cfg), reactor_(reactor), inodes_(inodes), ns_(ns), upcalls_(upcalls) {
+  if (cfg_.total_bytes == 0) cfg_.total_bytes = uint64_t(sysconf(_SC_PHYS_PAGES)) * uint64_t(sysconf(_SC_PAGESIZE)) / 2;
+}
 
 ControlServer::~ControlServer() {
   KVFS_CHECK(!thread_.joinable());
@@ -86,6 +63,7 @@ Status ControlServer::start() {
   epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, listen_fd_, &ev);
   ev.data.u64 = kPostTag;
   epoll_ctl(epoll_fd_, EPOLL_CTL_ADD, post_fd_, &ev);
+  populator_.start();
   thread_ = std::thread([this] { run(); });
   return {};
 }
@@ -101,6 +79,7 @@ void ControlServer::stop() {
     }
   });
   thread_.join();
+  populator_.stop();
 }
 
 void ControlServer::post(std::function<void()> fn) {
@@ -133,7 +112,7 @@ void ControlServer::run() {
       if (ev[i].data.u64 == kPostTag) {
         run_posted();
       } else if (ev[i].data.u64 == kListenTag) {
-        if (!stopping_) accept_all();
+        if (!stopping_) accept_some();
       } else if (Client* c = find(ev[i].data.u64)) {
         if (!c->closing) on_client(c, ev[i].events);
       }
@@ -157,21 +136,28 @@ bool ControlServer::uid_ok(uint32_t uid) const {
   return uid == 0 || uid == geteuid() || (cfg_.allowed_uid != KVFS_ANY_UID && uid == cfg_.allowed_uid);
 }
 
-void ControlServer::accept_all() {
-  for (;;) {
+bool ControlServer::room_for(pid_t pid) const {
+  const size_t own =
+      size_t(std::count_if(clients_.begin(), clients_.end(), [&](auto& c) { return c.second->pid == pid; }));
+  return clients_.size() < cfg_.max_sessions && own < std::max<size_t>(1, cfg_.max_sessions / 2);
+}
+
+void ControlServer::accept_some() {
+  for (int i = 0; i < kMaxAccepts; ++i) {
     int fd = accept4(listen_fd_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd < 0) return;
     ucred cred{};
     socklen_t len = sizeof cred;
     auto c = std::make_unique<Client>();
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) != 0 || !uid_ok(cred.uid) ||
-        clients_.size() >= cfg_.max_sessions || getrandom(c->token, sizeof c->token, 0) != ssize_t(sizeof c->token)) {
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) != 0 || !uid_ok(cred.uid) || !room_for(cred.pid) ||
+        getrandom(c->token, sizeof c->token, 0) != ssize_t(sizeof c->token)) {
       close(fd);
       continue;
     }
     c->id = ++last_id_;
     c->fd = fd;
     c->uid = cred.uid;
+    c->pid = cred.pid;
     c->session = new Session;
     epoll_event ev{};
     ev.events = EPOLLIN | EPOLLRDHUP;
@@ -285,8 +271,14 @@ void ControlServer::ring_create(Client* c, const CtlRequest& q) {
   auto r = std::make_unique<Ring>();
   r->bytes = ring_bytes(uint32_t(q.a));
   int fds[2] = {-1, -1};
-  int err = make_shared("kvfs-ring", r->bytes, false, &fds[0], &r->mem);
+  int err = make_shared_memory("kvfs-ring", r->bytes, false, &fds[0], &r->mem);
   if (err != 0) return reply(c, q, err);
+  err = populate(r->mem, r->bytes);
+  if (err != 0) {
+    munmap(r->mem, r->bytes);
+    close(fds[0]);
+    return reply(c, q, err);
+  }
   fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (fds[1] < 0) {
     err = -errno;
@@ -339,26 +331,43 @@ void ControlServer::ring_event(Client* c, const CtlRequest& q) {
 }
 
 void ControlServer::iov_create(Client* c, const CtlRequest& q) {
-  uint64_t bytes = (q.a + 4095) & ~uint64_t(4095);
-  uint32_t id = 0;
-  while (id < kMaxIovs && c->iovs[id] != nullptr) ++id;
-  if (id == kMaxIovs) return reply(c, q, -EMFILE);
+  const uint64_t bytes = (q.a + 4095) & ~uint64_t(4095);
+  if (std::find(c->iovs.begin(), c->iovs.end(), nullptr) == c->iovs.end()) return reply(c, q, -EMFILE);
   if (bytes > cfg_.session_bytes - c->bytes) return reply(c, q, -EDQUOT);
-  auto v = std::make_unique<Iov>();
-  v->size = bytes;
+  if (bytes > cfg_.total_bytes - std::min(cfg_.total_bytes, stats_.iov_bytes.load())) return reply(c, q, -ENOMEM);
   int fd = -1;
   void* mem = nullptr;
-  int err = make_shared("kvfs-iov", bytes, q.flags & 1, &fd, &mem);
+  int err = make_shared_memory("kvfs-iov", bytes, q.flags & 1, &fd, &mem);
   if (err != 0) return reply(c, q, err);
-  v->base = static_cast<char*>(mem);
-  Iov* raw = v.release();
-  c->iovs[id] = raw;
   c->bytes += bytes;
-  ++stats_.iovs;
   stats_.iov_bytes += bytes;
-  reactor_->post([re = reactor_, s = c->session, raw, id] {
-    re->add_iov(raw);
-    s->iovs[id] = raw;
+  c->cancelled = std::make_shared<std::atomic<bool>>(false);
+  populator_.add(mem, bytes, c->cancelled, [this, q, cid = c->id, fd, mem, bytes](int result) {
+    post([=, this] { iov_ready(find(cid), q, result, fd, mem, bytes); });
+  });
+}
+
+void ControlServer::iov_ready(Client* c, const CtlRequest& q, int err, int fd, void* mem, uint64_t bytes) {
+  c->cancelled.reset();
+  auto slot = std::find(c->iovs.begin(), c->iovs.end(), nullptr);
+  if (err == 0 && slot == c->iovs.end()) err = -EMFILE;  // memory of the client's own took the last one
+  if (c->closing || err != 0) {
+    munmap(mem, bytes);
+    close(fd);
+    stats_.iov_bytes -= bytes;
+    c->bytes -= bytes;
+    if (c->closing) return end_session(c);
+    return reply(c, q, err);
+  }
+  const uint32_t id = uint32_t(slot - c->iovs.begin());
+  Iov* v = new Iov;
+  v->size = bytes;
+  v->base = static_cast<char*>(mem);
+  *slot = v;
+  ++stats_.iovs;
+  reactor_->post([re = reactor_, s = c->session, v, id] {
+    re->add_iov(v);
+    s->iovs[id] = v;
   });
   reply(c, q, 0, id, bytes, &fd, 1);
   close(fd);
@@ -497,6 +506,11 @@ void ControlServer::drop(Client* c) {
   c->closing = true;
   epoll_ctl(epoll_fd_, EPOLL_CTL_DEL, c->fd, nullptr);
   shutdown(c->fd, SHUT_RDWR);  // the peer sees the end at once
+  if (!c->cancelled) return end_session(c);
+  *c->cancelled = true;  // iov_ready() goes on
+}
+
+void ControlServer::end_session(Client* c) {
   reactor_->post([this, s = c->session, cid = c->id] {
     for (Ring* r : s->rings) {
       if (r == nullptr) continue;

@@ -16,6 +16,7 @@
 #include "../ring/control.h"
 #include "namespaces.h"
 #include "reactor.h"
+#include "shared_memory.h"
 
 namespace kvfs {
 
@@ -24,6 +25,7 @@ struct ControlConfig {
   uint32_t allowed_uid = KVFS_ANY_UID;  // besides 0 and our own; KVFS_ANY_UID = nobody else
   uint32_t max_sessions = 64;
   uint64_t session_bytes = uint64_t(4) << 30;
+  uint64_t total_bytes = 0;  // of all sessions; 0: half of the machine's memory
 };
 
 struct ControlStats {
@@ -55,6 +57,7 @@ class ControlServer {
     uint64_t id = 0;
     int fd = -1;
     uint32_t uid = 0;
+    pid_t pid = 0;  // for room_for(); a number used again only makes that stricter
     uint8_t token[16] = {};
     Session* session = nullptr;  // the reactor's
     std::array<Ring*, kMaxRings> rings{};
@@ -65,12 +68,15 @@ class ControlServer {
     bool closing = false;
     uint64_t upcall = 0;  // under way for `pending`
     CtlRequest pending{};
+    std::shared_ptr<std::atomic<bool>> cancelled;  // of the memory being populated; the session outlives that
   };
 
   void run();
   void post(std::function<void()> fn);
   void run_posted();
-  void accept_all();
+  // One process gets half of all sessions at most, so that none keeps the others out.
+  bool room_for(pid_t pid) const;
+  void accept_some();
   void on_client(Client* c, uint32_t events);
   void handle(Client* c, const CtlRequest& q);
   void reply(Client* c, const CtlRequest& q, int err, uint32_t id = 0, uint64_t a = 0, const int* fds = nullptr,
@@ -79,9 +85,11 @@ class ControlServer {
   void ring_destroy(Client* c, const CtlRequest& q);
   void ring_event(Client* c, const CtlRequest& q);
   void iov_create(Client* c, const CtlRequest& q);
+  void iov_ready(Client* c, const CtlRequest& q, int err, int fd, void* mem, uint64_t bytes);
   void iov_free(Client* c, const CtlRequest& q);
   void ns_open(Client* c, const CtlRequest& q, bool may_ask);
   void drop(Client* c);
+  void end_session(Client* c);
   Client* find(uint64_t id);
   Client* find_token(const uint8_t token[16]);
   void free_ring(Ring* r);
@@ -97,6 +105,7 @@ class ControlServer {
   std::mutex post_mu_;
   std::vector<std::function<void()>> posted_;
   bool stopping_ = false;
+  Populator populator_;
   uint64_t last_id_ = 0;
   std::map<uint64_t, std::unique_ptr<Client>> clients_;  // <= max_sessions, those being freed included
   ControlStats stats_;

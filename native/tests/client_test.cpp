@@ -271,8 +271,7 @@ TEST_F(NodeTest, KilledClientLeavesNothing) {
   for (int round = 0; round < 5; ++round) {
     int p[2];
     ASSERT_EQ(pipe(p), 0);
-    pid_t pid = fork();
-    if (pid == 0) {
+    const pid_t pid = fork_client([&] {
       Client k(sock_, 256, 32u << 20);
       char c = 1;
       (void)!write(p[1], &c, 1);
@@ -284,7 +283,7 @@ TEST_F(NodeTest, KilledClientLeavesNothing) {
           kvfs_wait(k.r, cq, 1, 64, kSec);
         }
       }
-    }
+    });
     char c;
     ASSERT_EQ(read(p[0], &c, 1), 1);
     usleep(20000);

@@ -59,6 +59,26 @@ class NodeTest : public ::testing::Test {
     EXPECT_EQ(kvfs_node_stats(node_, &s), 0);
     return s;
   }
+  // Runs f in a child that was forked while this process had no other threads: a child of a process with threads may find
+  // the allocator locked for ever.
+  template <typename F>
+  pid_t fork_client(F f) {
+    stop();
+    int started[2];
+    EXPECT_EQ(pipe(started), 0);
+    const pid_t pid = fork();
+    if (pid == 0) {
+      char c;
+      close(started[1]);
+      (void)!read(started[0], &c, 1);
+      f();
+      _exit(0);
+    }
+    close(started[0]);
+    start();
+    close(started[1]);
+    return pid;
+  }
   // Takes the next question to the Python daemon and answers it.
   void answer_upcall(uint32_t kind, int err) {
     pollfd p{kvfs_node_upcall_fd(node_), POLLIN, 0};
