@@ -52,6 +52,25 @@ def test_random_writes_and_truncations_match_a_model(mounted: Mounted) -> None:
     assert (mounted.root / "f").read_bytes() == model
 
 
+@pytest.mark.parametrize("size", [10, 5_000_003])
+def test_opening_with_o_trunc_empties_the_file(mounted: Mounted, size: int) -> None:
+    path = mounted.root / "f"
+    path.write_bytes(content(size))
+    with path.open("rb") as other:
+        before = path.stat()
+        os.close(os.open(path, os.O_WRONLY | os.O_TRUNC))
+        after = path.stat()
+        assert (after.st_size, after.st_blocks, other.read()) == (0, 0, b"")
+        assert after.st_mtime_ns > before.st_mtime_ns
+        assert after.st_ctime_ns > before.st_ctime_ns
+        path.write_bytes(b"short")
+        other.seek(0)
+        assert other.read() == b"short"
+    path.write_bytes(b"")
+    os.truncate(path, size)
+    assert path.read_bytes() == bytes(size)  # nothing of what was there comes back
+
+
 def test_sparse_file_reads_zeros(mounted: Mounted) -> None:
     path = mounted.root / "f"
     with path.open("wb") as file:

@@ -243,6 +243,9 @@ class MountOps(pyfuse3.Operations):
         record = self.tree.getattr(inode)
         if not stat.S_ISREG(record.mode):
             raise FsError(errno.EINVAL)
+        if flags & os.O_TRUNC:  # the kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for)
+            await self.files.resize(record, 0)
+            record = self.tree.getattr(inode)
         # Pages read before are as good: only the kernel writes, and clients' writes drop them.
         return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))), keep_cache=True)
 
