@@ -63,7 +63,9 @@ class Scratch:
 
 @contextlib.contextmanager
 def scratch(beside: Path, needed: int) -> Generator[Scratch]:
-    """A Scratch in `beside`, which needs `needed` bytes of free space; everything is gone afterwards."""
+    """A Scratch in `beside` or its nearest parent there is, which needs `needed` bytes of free space; everything is gone afterwards."""
+    while not beside.exists():  # as where nothing was ever stored
+        beside = beside.parent
     try:
         free = shutil.disk_usage(beside).free
         if free < needed:
