@@ -66,7 +66,8 @@ def test_ring_bench_refuses(arguments: list[str], code: int, says: str) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_small_run_measures_every_row_and_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvfs", "bench", "--dir", str(tmp_path / "not" / "made" / "kv"), "--json", "--verbose"]
+    directory = str(tmp_path / "not" / "made" / "kv")
+    command = [sys.executable, "-m", "kvfs", "bench", "--dir", directory, "--json", "--verbose"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--seconds", "0.1", "--size", "512M", "--memory", "64M"],
         capture_output=True,
