@@ -4,6 +4,8 @@
 #   make test      native tests (ctest) and Python tests (pytest)
 #   make lint      ruff, clang-format, pyright
 #   make format    rewrite what ruff and clang-format can
+#   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE name installed copies of those
+#                  that Debian lacks
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -11,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-native test-python lint format sanitize fuzz demo clean
+.PHONY: help setup test test-native test-python test-posix lint format sanitize fuzz demo clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -23,6 +25,7 @@ STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
        fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync fio strace
+APT_SUITES := perl stress-ng fsmark dbench
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)
@@ -55,6 +58,10 @@ $(STAMPS)/apt: Makefile
 	@$(call apt_install,$(APT))
 	@mkdir -p $(STAMPS) && touch $@
 
+$(STAMPS)/apt-suites: Makefile
+	@$(call apt_install,$(APT_SUITES))
+	@mkdir -p $(STAMPS) && touch $@
+
 $(STAMPS)/apt-clang: Makefile
 	@$(call apt_install,$(APT_CLANG))
 	@mkdir -p $(STAMPS) && touch $@
@@ -80,6 +87,9 @@ test-native: $(STAMPS)/apt
 
 test-python: setup
 	$(BIN)/python -m pytest --timeout=120 -rs $(PYTEST_ARGS)
+
+test-posix: setup $(STAMPS)/apt-suites
+	$(BIN)/python -m pytest --timeout=900 -rs tests/posix tests/suites $(PYTEST_ARGS)
 
 lint: setup $(STAMPS)/apt-clang
 	$(BIN)/ruff check $(PY)
