@@ -294,7 +294,8 @@ class _Check:
                 continue
             files += usage.files
             total += usage.bytes
-        right = (len(self.inodes), sum(self.out.files.values()))
+        total = schema.wrap(total)
+        right = (len(self.inodes), schema.wrap(sum(self.out.files.values())))
         if (files, total) != right:
             self.add(Kind.USAGE, detail=f"{files} inodes and {total} bytes, should be {right[0]} and {right[1]}")
 
@@ -459,4 +460,4 @@ def _mend_usage(txn: Txn) -> None:
         total += inode.size if stat.S_ISREG(inode.mode) else 0
     for key, _ in list(_scan(txn, b"U")):
         txn.delete(key)
-    txn.put(schema.usage_key(0), schema.encode(Usage(files, total)))
+    txn.put(schema.usage_key(0), schema.encode(Usage(files, schema.wrap(total))))

@@ -116,4 +116,4 @@ class Op:
             key = schema.usage_key(shard)
             value = self.txn.get(key)
             old = schema.decode_usage(value) if value is not None else Usage(0, 0)
-            self.txn.put(key, schema.encode(Usage(old.files + self.files, old.bytes + self.bytes)))
+            self.txn.put(key, schema.encode(Usage(old.files + self.files, schema.wrap(old.bytes + self.bytes))))

@@ -86,6 +86,7 @@ class Trim(msgspec.Struct, array_like=True, frozen=True):
 class Usage(msgspec.Struct, array_like=True, frozen=True):
     files: I64
     bytes: I64
+    """Counted modulo 2**64 (`wrap`): sizes of sparse files may add up to more, and are right again when these go."""
 
 
 class NamespaceClass(StrEnum):
@@ -144,6 +145,11 @@ def trim_key(ino: int) -> bytes:
 
 def xattr_key(ino: int, name: bytes = b"") -> bytes:
     return _KEY.pack(b"X", ino) + name
+
+
+def wrap(count: int) -> int:
+    """The signed 64-bit number that is equal to it modulo 2**64."""
+    return ((count + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def usage_key(shard: int) -> bytes:

@@ -218,7 +218,7 @@ class Tree:
 
         def body(op: Op) -> Usage:
             shards = [schema.decode_usage(value) for _, value in op.txn.range(b"U", prefix_end(b"U"), 256)]
-            return Usage(max(0, sum(s.files for s in shards)), max(0, sum(s.bytes for s in shards)))
+            return Usage(max(0, sum(s.files for s in shards)), max(0, schema.wrap(sum(s.bytes for s in shards))))
 
         return self._look(body)
 
