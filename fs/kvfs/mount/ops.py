@@ -245,6 +245,11 @@ class MountOps(pyfuse3.Operations):
             raise FsError(errno.EINVAL)
         if flags & os.O_TRUNC:  # the kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for)
             await self.files.resize(record, 0)
+            mode = record.mode & ~stat.S_ISUID
+            if mode & stat.S_IXGRP:
+                mode &= ~stat.S_ISGID
+            if ctx.uid and mode != record.mode:  # a truncation by another than root takes the set-id bits
+                self.tree.setattr(inode, mode=stat.S_IMODE(mode))
             record = self.tree.getattr(inode)
         # Pages read before are as good: only the kernel writes, and clients' writes drop them.
         return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))), keep_cache=True)
