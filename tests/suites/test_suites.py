@@ -107,6 +107,7 @@ def test_fio_verifies(root: Path) -> None:
     run(
         program("fio"), "--name=v", f"--directory={root}", "--size=24M", "--numjobs=4", "--rw=randrw", "--bsrange=512-128k",
         "--bs_unaligned=1", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--ioengine=psync", "--fsync=64",
+        cwd=root,
     )  # fmt: skip
 
 
