@@ -83,11 +83,15 @@ void StoreImpl::wait_for_space(Request* r) {
   barren_ = 0;
 }
 
+// Something under way may free slots, and its end leads to another tick.
+bool StoreImpl::space_may_come() const {
+  return writes_in_flight_ || !quarantine_.empty() || flush_busy_ || group_busy_ || !open_.empty() || ck_ != Ck::Idle;
+}
+
 // Slots come back after a barrier. When nothing can come back any more, the device is full.
 void StoreImpl::retry_space_waiters() {
   if (space_wait_.empty() || failed_) return;
-  const bool more =
-      writes_in_flight_ || !quarantine_.empty() || flush_busy_ || group_busy_ || !open_.empty() || ck_ != Ck::Idle;
+  const bool more = space_may_come();
   const bool evictable = can_evict();
   std::deque<Request*> again;
   again.swap(space_wait_);

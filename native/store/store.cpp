@@ -251,6 +251,8 @@ bool StoreImpl::busy() const {
          (ck_ == Ck::Scan && ck_pages_inflight_ < kCkDepth) ||
          (flush_wanted_ && !flush_busy_ && !group_busy_ && written_seq_ > flushed_seq_) ||
          ((evicting_ || !space_wait_.empty()) && can_evict()) ||
+         // The next segment is to be emptied, or the waiting requests are to be told that the device is full.
+         (!space_wait_.empty() && !space_may_come() && moves_ == 0) ||
          (drain_ != Allocator::kNone && drain_id_ <= index_.capacity() && moves_ < kMaxMoves && !drain_stuck_) ||
          (!stalled_.empty() && !needs_stall());
 }

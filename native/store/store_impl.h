@@ -179,6 +179,7 @@ class StoreImpl final : public Store {
   uint32_t reserve_segments(uint32_t more) const;
   void wait_for_space(Request* r);
   void retry_space_waiters();
+  bool space_may_come() const;
   bool can_defragment() const { return !defrag_barren_ || drain_ != Allocator::kNone; }
 
   // move.cpp
