@@ -343,6 +343,42 @@ TEST(Store, FullDeviceRefusesThenTakesAgain) {
   ASSERT_TRUE(h.store->close());
 }
 
+// Several writes at once find the device full, with nothing else going on: each gets its answer.
+TEST(Store, WritesThatFillTheDeviceAllEnd) {
+  for (uint64_t seed = 0; seed < 20; seed++) {
+    SimOptions so = sim(seed, (24u << 20) + (seed % 8 << 20));
+    so.record = false;
+    SimDevice dev(so);
+    ASSERT_TRUE(Store::format(dev, kSmall));
+    Harness h(dev, {.memory_bytes = 0, .lazy_ms = 1});
+    ASSERT_TRUE(h.open());
+    constexpr int kAtOnce = 16;
+    constexpr uint32_t kLen = 65536;
+    Mem m(kLen);
+    std::memset(m.get(), int(seed), kLen);
+    uint64_t key = 0;
+    for (bool full = false; !full;) {
+      Request r[kAtOnce];
+      int left = kAtOnce;
+      for (Request& q : r) {
+        q.op = Request::Op::Write;
+        q.key = block_key(key++);
+        q.len = seed % 2 ? kLen : kLen - uint32_t(key % 13) * 4096;
+        q.mem = {m.get(), -1};
+        q.owner = &left;
+        q.done = [](Request* x) { --*static_cast<int*>(x->owner); };
+        h.store->submit(&q);
+      }
+      for (int i = 0; left != 0; i++) {
+        h.turn();
+        ASSERT_TRUE(left == 0 || (i < 200000 && !h.asleep)) << seed << " " << key;
+      }
+      for (Request& q : r) full = full || q.result == -ENOSPC;
+    }
+    ASSERT_TRUE(h.store->close());
+  }
+}
+
 TEST(Store, CacheBlocksMakeRoomDurableOnesStay) {
   SimOptions so = sim(6, 24u << 20);
   so.record = false;
