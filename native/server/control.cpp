@@ -274,14 +274,8 @@ void ControlServer::ring_create(Client* c, const CtlRequest& q) {
   int err = make_shared_memory("kvfs-ring", r->bytes, false, &fds[0], &r->mem);
   if (err != 0) return reply(c, q, err);
   err = populate(r->mem, r->bytes);
+  if (err == 0 && (fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0) err = -errno;
   if (err != 0) {
-    munmap(r->mem, r->bytes);
-    close(fds[0]);
-    return reply(c, q, err);
-  }
-  fds[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (fds[1] < 0) {
-    err = -errno;
     munmap(r->mem, r->bytes);
     close(fds[0]);
     return reply(c, q, err);
