@@ -91,14 +91,18 @@ struct Harness {
     r.owner = &done;
     r.done = [](Request* x) { *static_cast<bool*>(x->owner) = true; };
     store->submit(&r);
-    for (int i = 0; !done; i++) {
+    until([&] { return done; });
+    return r.result;
+  }
+  template <typename F>
+  void until(F ended) {
+    for (int i = 0; !ended(); i++) {
       turn();
-      if (i > 200000 || (asleep && !done)) {
+      if (i > 200000 || (asleep && !ended())) {
         ADD_FAILURE() << (asleep ? "nothing would ever wake the store" : "a request never completed");
         std::abort();
       }
     }
-    return r.result;
   }
   int64_t put(const ChunkKey& k, const Bytes& v, uint8_t flags = 0, size_t skew = 0) {
     Mem m(v.size(), skew);

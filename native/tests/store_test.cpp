@@ -369,10 +369,8 @@ TEST(Store, WritesThatFillTheDeviceAllEnd) {
         q.done = [](Request* x) { --*static_cast<int*>(x->owner); };
         h.store->submit(&q);
       }
-      for (int i = 0; left != 0; i++) {
-        h.turn();
-        ASSERT_TRUE(left == 0 || (i < 200000 && !h.asleep)) << seed << " " << key;
-      }
+      SCOPED_TRACE(testing::Message() << "seed " << seed << ", key " << key);
+      h.until([&] { return left == 0; });
       for (Request& q : r) full = full || q.result == -ENOSPC;
     }
     ASSERT_TRUE(h.store->close());
