@@ -148,7 +148,7 @@ def test_stress_ng(root: Path) -> None:
 
 
 def test_daemon_killed_under_load(directory: Path) -> None:
-    """A kill leaves nothing worse than data without an owner; the next start replaces the dead mount and what was synced is there."""
+    """A kill leaves nothing worse than data without an owner; the next start replaces the mount and has what was synced."""
     dbench = program("dbench")
     work = directory / "mnt" / "w"
     work.mkdir()

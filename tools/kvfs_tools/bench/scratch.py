@@ -63,7 +63,10 @@ class Scratch:
 
 @contextlib.contextmanager
 def scratch(beside: Path, needed: int) -> Generator[Scratch]:
-    """A Scratch in `beside` or its nearest parent there is, which needs `needed` bytes of free space; everything is gone afterwards."""
+    """A Scratch in `beside`, or its nearest parent there is; everything is gone afterwards.
+
+    BenchError unless `needed` bytes are free there.
+    """
     while not beside.exists():  # as where nothing was ever stored
         beside = beside.parent
     try:
