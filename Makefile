@@ -4,8 +4,8 @@
 #   make test      native tests (ctest) and Python tests (pytest)
 #   make lint      ruff, clang-format, pyright
 #   make format    rewrite what ruff and clang-format can
-#   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE name installed copies of those
-#                  that Debian lacks
+#   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE MDTEST=FILE FILEBENCH=FILE name
+#                  installed copies of those that Debian lacks
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -25,7 +25,7 @@ STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
        fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync fio strace
-APT_SUITES := perl stress-ng fsmark dbench
+APT_SUITES := perl stress-ng fsmark dbench openmpi-bin util-linux
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)

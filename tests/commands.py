@@ -1,0 +1,75 @@
+"""Other programs and the `kvfs` command as tests run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def attempt(
+    *command: str | Path,
+    data: bytes | None = None,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    user: str | None = None,
+    seconds: float = 60,
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs it to its end, whatever that is; `environment` is added to this process's."""
+    return subprocess.run(
+        command,
+        input=b"" if data is None else data,
+        capture_output=True,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        timeout=seconds,
+        check=False,
+    )
+
+
+def run(
+    *command: str | Path,
+    data: bytes | None = None,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    user: str | None = None,
+    seconds: float = 60,
+) -> str:
+    """What it printed; it must end with 0."""
+    done = attempt(*command, data=data, cwd=cwd, environment=environment, user=user, seconds=seconds)
+    out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    assert done.returncode == 0, (command, done.returncode, out[-3000:], err[-3000:])
+    return out
+
+
+def kvfs(*options: str | Path, data: bytes | None = None, seconds: float = 60) -> str:
+    return run(sys.executable, "-m", "kvfs", *options, data=data, seconds=seconds)
+
+
+def kill_daemon(directory: Path) -> None:
+    """SIGKILL for the daemon of this data directory, and a wait for its end."""
+    pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
+    os.kill(pid, signal.SIGKILL)
+    wait_gone(pid)
+
+
+def wait_gone(pid: int, seconds: float = 30) -> None:
+    """Until a process that is not this one's child has ended; a zombie that nobody collects counts as ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state in "ZX":
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} has not ended after {seconds} s")
