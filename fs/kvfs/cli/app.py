@@ -28,7 +28,7 @@ app.command("put", epilog=blocks.PUT_EXAMPLES)(blocks.put)
 app.command("get", epilog=blocks.GET_EXAMPLES)(blocks.get)
 app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
-app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command("rm", epilog=blocks.RM_EXAMPLES)(blocks.rm)
 app.command("usrbio", epilog=usrbio.EXAMPLES)(usrbio.usrbio)
 

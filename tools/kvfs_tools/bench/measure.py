@@ -67,6 +67,7 @@ class Listener:
     begin: Callable[[int], None] = lambda _: None  # steps in all
     step: Callable[[str], None] = lambda _: None  # what begins now
     command: Callable[[str], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None  # what the user should know at once
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import importlib.metadata
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class _FioSide(msgspec.Struct, frozen=True):
     iops: float
     bw_bytes: float
     total_ios: int
+    io_bytes: int
 
 
 class _FioJob(msgspec.Struct, frozen=True):
@@ -61,6 +62,7 @@ class FioResult:
     iops: float
     bytes_per_s: float
     cpu_us_per_io: float  # user and system of the job while it ran, without fio's own start and end
+    bytes: int
 
 
 def ring_bench_path() -> Path:
@@ -73,10 +75,12 @@ def ring_bench_path() -> Path:
     return path
 
 
-def _output(command: Sequence[str], timeout: float) -> bytes:
+def output(command: Sequence[str], timeout: float, environ: Mapping[str, str] | None = None) -> bytes:
     name = Path(command[0]).name
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False, env=environ
+        )
     except subprocess.TimeoutExpired:
         raise BenchError(f"{name} did not end within {timeout:.0f} s: {shlex.join(command)}") from None
     except OSError as e:
@@ -105,7 +109,7 @@ class Ring:
             command += ["--seconds", f"{seconds:g}"]
         command += flags
         self.say(shlex.join(command))
-        raw = _output(command, seconds + SLACK_S * (1 if seconds else 5))
+        raw = output(command, seconds + SLACK_S * (1 if seconds else 5))
         try:
             result = msgspec.json.decode(raw, type=RingResult)
         except msgspec.DecodeError as e:
@@ -132,7 +136,7 @@ class Fio:
         return cls(Path(found), say) if found else None
 
     def version(self) -> str:
-        return _output([str(self.program), "--version"], SLACK_S).decode(errors="replace").strip()
+        return output([str(self.program), "--version"], SLACK_S).decode(errors="replace").strip()
 
     def lay_out(self, file: Path, size: int) -> None:
         """Writes every byte once, so that reads find data and writes allocate nothing."""
@@ -170,11 +174,36 @@ class Fio:
             seconds=seconds,
         )
 
+    def through(self, file: Path, rw: str, *, size: int, block: int, jobs: int = 1, seconds: float = 0.0) -> FioResult:
+        """psync, O_DIRECT: the whole file once, or for `seconds`. Writes end with an fsync, which counts.
+
+        Threads, so that nothing is left when fio is killed; no fallocate(), which not every file system has.
+        """
+        more = [f"--runtime={seconds:g}", "--time_based", *FIO_RANDOM] if seconds else []
+        if "write" in rw:
+            more.append("--end_fsync=1")
+        result = self._job(
+            file,
+            f"--rw={rw}",
+            f"--bs={block}",
+            f"--size={size}",
+            "--ioengine=psync",
+            "--direct=1",
+            "--thread",
+            "--fallocate=none",
+            f"--numjobs={jobs}",
+            *more,
+            seconds=seconds,
+        )
+        if result.bytes < block or (not seconds and result.bytes != size * jobs):
+            raise BenchError(f"fio did {result.bytes} bytes of {size * jobs} on {file}")
+        return result
+
     def _job(self, file: Path, *options: str, seconds: float = 0.0) -> FioResult:
         command = [str(self.program), "--name=bench", f"--filename={file}", *options]
         command += ["--group_reporting", "--output-format=json"]
         self.say(shlex.join(command))
-        raw = _output(command, seconds + SLACK_S * (1 if seconds else 5))
+        raw = output(command, seconds + SLACK_S * (1 if seconds else 5))
         try:
             jobs = msgspec.json.decode(raw[raw.index(b"{") :], type=_FioOutput).jobs
         except (msgspec.DecodeError, ValueError) as e:
@@ -184,4 +213,9 @@ class Fio:
         job = jobs[0]
         ios = max(1, job.read.total_ios + job.write.total_ios)
         cpu_s = (job.usr_cpu + job.sys_cpu) / 100 * job.job_runtime / 1000
-        return FioResult(job.read.iops + job.write.iops, job.read.bw_bytes + job.write.bw_bytes, cpu_s / ios * 1e6)
+        return FioResult(
+            iops=job.read.iops + job.write.iops,
+            bytes_per_s=job.read.bw_bytes + job.write.bw_bytes,
+            cpu_us_per_io=cpu_s / ios * 1e6,
+            bytes=job.read.io_bytes + job.write.io_bytes,
+        )

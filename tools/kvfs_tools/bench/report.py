@@ -9,7 +9,7 @@ import msgspec
 
 from kvfs_tools.bench.scratch import Machine
 
-Verdict = Literal["pass", "short", "no fio"]
+Verdict = Literal["pass", "short", "no fio", "no peer"]
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -68,3 +68,47 @@ def summarise(
     judged = ours if target.absolute else ratio
     verdict: Verdict = "no fio" if judged is None else "pass" if target.reached(judged) else "short"
     return Row(name, what, unit, against, ours, other, ratio, target, verdict, rounds, note)
+
+
+class PosixRow(msgspec.Struct, frozen=True):
+    """One measure of the mount over all rounds."""
+
+    name: str
+    what: str
+    unit: str
+    against: str  # whom the target is about
+    medians: dict[str, float]  # by contender
+    ratios: dict[str, float]  # kvfs over each other: medians of the rounds' ratios
+    target: Target
+    verdict: Verdict
+    rounds: list[dict[str, float]]
+
+
+class PosixReport(msgspec.Struct, frozen=True):
+    machine: Machine
+    rounds: int
+    seconds: float
+    file_bytes: int
+    files: int
+    peer: str  # its version, or empty
+    file_system: str  # of the disk
+    caches_dropped: bool
+    rows: list[PosixRow]
+    notes: list[str]
+
+    @property
+    def short(self) -> list[PosixRow]:
+        return [row for row in self.rows if row.verdict == "short"]
+
+
+def compare(
+    name: str, what: str, unit: str, against: str, target: Target, rounds: list[dict[str, float]], ours: str = "kvfs"
+) -> PosixRow:
+    medians = {who: statistics.median(found[who] for found in rounds) for who in rounds[0]}
+    ratios = {
+        who: statistics.median(found[ours] / found[who] if found[who] else 0.0 for found in rounds)
+        for who in medians
+        if who != ours
+    }
+    verdict: Verdict = "no peer" if against not in ratios else "pass" if target.reached(ratios[against]) else "short"
+    return PosixRow(name, what, unit, against, medians, ratios, target, verdict, rounds)

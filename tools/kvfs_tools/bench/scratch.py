@@ -62,8 +62,8 @@ class Scratch:
 
 
 @contextlib.contextmanager
-def scratch(beside: Path, needed: int) -> Generator[Scratch]:
-    """A Scratch in `beside`, or its nearest parent there is; everything is gone afterwards.
+def scratch_directory(beside: Path, needed: int) -> Generator[Path]:
+    """A new directory in `beside`, or its nearest parent there is; it and every mount in it are gone afterwards.
 
     BenchError unless `needed` bytes are free there.
     """
@@ -76,23 +76,45 @@ def scratch(beside: Path, needed: int) -> Generator[Scratch]:
         root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=beside))
     except OSError as e:
         raise BenchError(f"no scratch directory can be made in {beside}: {e.strerror}") from e
-    made = Scratch(root)
     try:
-        yield made
+        yield root
     finally:
-        with contextlib.suppress(BenchError):
-            made.down()
-        _end(made)
+        _remove(root)
 
 
-def _end(made: Scratch) -> None:
-    """Removes the directory, unless something is still mounted in it: then the mount is taken away first."""
+@contextlib.contextmanager
+def scratch(beside: Path, needed: int) -> Generator[Scratch]:
+    """A Scratch in a new directory; its daemon is ended with it."""
+    with scratch_directory(beside, needed) as root:
+        made = Scratch(root)
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(BenchError):
+                made.down()
+
+
+def _remove(root: Path) -> None:
+    """Unless something is still mounted in it: then the mount is taken away first."""
     from kvfs.mount import service
 
-    service.unmount(made.mount)
-    if service.is_mounted(made.mount):
-        raise BenchError(f"{made.mount} is still mounted; unmount it and remove {made.root}")
-    shutil.rmtree(made.root, ignore_errors=True)
+    for name in os.listdir(root):
+        point = root / name / "mnt"
+        service.unmount(point)
+        if service.is_mounted(point):
+            raise BenchError(f"{point} is still mounted; unmount it and remove {root}")
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds it."""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            if line.split(" ", 3)[2] == wanted:
+                return line.split(" - ", 1)[1].split(" ", 1)[0]
+    return "file system"  # one whose st_dev is not in the table, such as btrfs's subvolumes
 
 
 class Machine(msgspec.Struct, frozen=True):
