@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from kvfs.mount import service
 
 
 def attempt(
@@ -52,6 +55,17 @@ def run(
 
 def kvfs(*options: str | Path, data: bytes | None = None, seconds: float = 60) -> str:
     return run(sys.executable, "-m", "kvfs", *options, data=data, seconds=seconds)
+
+
+@contextmanager
+def running(directory: Path, *options: str) -> Generator[Path]:
+    """`kvfs up` of this data directory, mounted at its `mnt`; neither is there afterwards."""
+    try:
+        kvfs("up", "--dir", directory, *options, "--detach")
+        yield directory
+    finally:
+        attempt(sys.executable, "-m", "kvfs", "down", "--dir", directory)
+        service.unmount(directory / "mnt")
 
 
 def kill_daemon(directory: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from commands import kvfs
+from commands import kvfs, running
 
 SIZE = "2G"
 
@@ -20,13 +18,8 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     """A data directory with a daemon, mounted at its `mnt`."""
     if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("the suites need root and /dev/fuse")
-    data = tmp_path / "kv"
-    kvfs("up", "--dir", data, "--size", SIZE, "--detach")
-    try:
-        yield data
-    finally:
-        subprocess.run([sys.executable, "-m", "kvfs", "down", "--dir", data], capture_output=True, check=False)
-        subprocess.run(["fusermount3", "-uz", data / "mnt"], capture_output=True, check=False)
+    with running(tmp_path / "kv", "--size", SIZE) as place:
+        yield place
 
 
 @pytest.fixture
