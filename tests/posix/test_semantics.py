@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def child(code: str, *arguments: str, cwd: Path) -> Generator[subprocess.Popen[b
 def as_other_user(code: str, cwd: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    prefix = "import os; os.setgroups([]); os.setgid(1234); os.setuid(1234); "
+    prefix = "import mmap, os; os.setgroups([]); os.setgid(1234); os.setuid(1234); "
     subprocess.run([sys.executable, "-c", prefix + code], cwd=cwd, check=True, timeout=CHILD_S)
 
 
@@ -228,10 +229,12 @@ def test_readdir_with_changes_loses_and_doubles_nothing_untouched(mounted: Mount
 
 
 LOCKER = """
-import fcntl, os, sys
+import fcntl, os, struct, sys
 fd = os.open("f", os.O_RDWR)
 if sys.argv[1] == "flock":
     fcntl.flock(fd, fcntl.LOCK_EX)
+elif sys.argv[1] == "ofd":
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 50, 0))
 else:
     fcntl.lockf(fd, fcntl.LOCK_EX, 50, 100)  # bytes 100 to 149
 print("ready", flush=True)
@@ -242,7 +245,14 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("kind", ["flock", "range"])
+def lock_ofd(fd: int, how: int, off: int, length: int = 10) -> None:
+    """A lock of the open file description, with `how` as fcntl.lockf takes it."""
+    kinds = {fcntl.LOCK_EX: fcntl.F_WRLCK, fcntl.LOCK_SH: fcntl.F_RDLCK, fcntl.LOCK_UN: fcntl.F_UNLCK}
+    request = struct.pack("hhqqi4x", kinds[how & ~fcntl.LOCK_NB], os.SEEK_SET, off, length, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK if how & fcntl.LOCK_NB else fcntl.F_OFD_SETLKW, request)
+
+
+@pytest.mark.parametrize("kind", ["flock", "range", "ofd"])
 @pytest.mark.parametrize("end", ["close", "kill"])
 def test_locks_between_processes(mounted: Mounted, kind: str, end: str) -> None:
     path = mounted.root / "f"
@@ -251,6 +261,8 @@ def test_locks_between_processes(mounted: Mounted, kind: str, end: str) -> None:
     def lock(fd: int, how: int, off: int = 120) -> None:
         if kind == "flock":
             fcntl.flock(fd, how)
+        elif kind == "ofd":
+            lock_ofd(fd, how, off)
         else:
             fcntl.lockf(fd, how, 10, off)
 
@@ -259,7 +271,7 @@ def test_locks_between_processes(mounted: Mounted, kind: str, end: str) -> None:
         for how in (fcntl.LOCK_EX, fcntl.LOCK_SH):
             with fails(errno.EAGAIN):
                 lock(fd, how | fcntl.LOCK_NB)
-        if kind == "range":
+        if kind != "flock":
             lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 90)
             lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 150)
         if end == "kill":
@@ -271,6 +283,29 @@ def test_locks_between_processes(mounted: Mounted, kind: str, end: str) -> None:
             locker.stdin.flush()
             assert locker.stdout.readline() == b"closed\n"
         lock(fd, fcntl.LOCK_EX)  # waits for the lock; the test's time limit ends a wait for ever
+
+
+def test_locks_of_open_file_descriptions(mounted: Mounted) -> None:
+    """They belong to one open(): another one of the same process conflicts, and closing another one ends nothing."""
+    path = mounted.root / "f"
+    path.write_bytes(bytes(1000))
+    exclusive, shared = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB
+    with path.open("r+b") as one, path.open("r+b") as other:
+        lock_ofd(one.fileno(), exclusive, 0, 100)
+        with fails(errno.EAGAIN):
+            lock_ofd(other.fileno(), shared, 99)
+        with fails(errno.EAGAIN):  # and with the locks of processes
+            fcntl.lockf(other, exclusive, 10, 99)
+        lock_ofd(other.fileno(), exclusive, 100)
+        path.open("r+b").close()
+        copy = os.dup(one.fileno())
+        os.close(copy)
+        with fails(errno.EAGAIN):
+            lock_ofd(other.fileno(), shared, 0)
+        lock_ofd(one.fileno(), fcntl.LOCK_UN | fcntl.LOCK_NB, 0, 50)
+        lock_ofd(other.fileno(), exclusive, 40)
+        with fails(errno.EAGAIN):
+            lock_ofd(other.fileno(), exclusive, 41)
 
 
 # -- calls that pyfuse3 does not carry
@@ -393,3 +428,13 @@ def test_a_change_by_another_user_clears_the_set_id_bits(mounted: Mounted, chang
     os.chmod(path, 0o6766)  # without group execution set-gid is no right to give away
     as_other_user(change, mounted.root)
     assert stat.S_IMODE(path.stat().st_mode) == 0o2766
+
+
+def test_a_change_through_a_mapping_keeps_the_set_id_bits(mounted: Mounted) -> None:
+    """As on ext4: the kernel clears them in write(), not in a page fault."""
+    path = mounted.root / "f"
+    path.write_bytes(b"program")
+    os.chmod(path, 0o6777)
+    as_other_user('m = mmap.mmap(os.open("f", os.O_RDWR), 0); m[3:4] = b"!"; m.flush()', mounted.root)
+    assert path.read_bytes() == b"pro!ram"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o6777
