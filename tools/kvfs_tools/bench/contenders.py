@@ -44,12 +44,15 @@ class Contender:
     def down(self) -> None:
         pass
 
-    def seal(self, value: Path) -> Path:
-        """A copy of `value` that is read again and again: for kvfs a sealed block, else a file."""
-        target = self.place / "sealed"
-        if not target.exists():
-            shutil.copyfile(value, target)
-        return target
+    @property
+    def sealed(self) -> Path:
+        """What is read again and again: for kvfs a sealed block, else a file."""
+        return self.place / "sealed"
+
+    def seal(self, value: Path) -> None:
+        """Puts a copy of `value` there, if it is not there."""
+        if not self.sealed.exists():
+            shutil.copyfile(value, self.sealed)
 
 
 class Ext4(Contender):
@@ -161,10 +164,13 @@ class Kvfs(_Mounted):
             return False
         return status is not None and status.pid == pid and bool(status.mount)
 
-    def seal(self, value: Path) -> Path:
+    @property
+    def sealed(self) -> Path:
+        return self.place / ".kvfs" / "blocks" / NAMESPACE / KEY[:2] / KEY
+
+    def seal(self, value: Path) -> None:
         line = [sys.executable, "-m", "kvfs", "put", "--dir", str(self._data), NAMESPACE, KEY, str(value)]
         output(line, START_S, clean_environment())
-        return self.place / ".kvfs" / "blocks" / NAMESPACE / KEY[:2] / KEY
 
 
 class JuiceFs(_Mounted):

@@ -17,6 +17,18 @@ from collections.abc import Callable
 PIECE = 128 << 10  # of a read()
 FILE_BYTES = 4096  # of a created file
 
+Work = Callable[[], tuple[int, float]]
+"""How many it did, in how many seconds."""
+
+
+def _timed(work: Callable[[], int]) -> Work:
+    def run() -> tuple[int, float]:
+        begun = time.monotonic()
+        count = work()
+        return count, time.monotonic() - begun
+
+    return run
+
 
 def _name(number: int) -> str:
     return f"file-{number:07d}"
@@ -28,7 +40,7 @@ def _shuffled(directory: str, count: int, seed: int) -> list[str]:
     return paths
 
 
-def _create(a: argparse.Namespace) -> Callable[[], int]:
+def _create(a: argparse.Namespace) -> Work:
     """New files, each created, written and closed, until the time or the count is over."""
     os.mkdir(a.path)
     data = os.urandom(FILE_BYTES)
@@ -46,10 +58,10 @@ def _create(a: argparse.Namespace) -> Callable[[], int]:
             done += 1
         return done
 
-    return work
+    return _timed(work)
 
 
-def _make(a: argparse.Namespace) -> Callable[[], int]:
+def _make(a: argparse.Namespace) -> Work:
     """The directory of `count` empty files that the others look at."""
 
     def work() -> int:
@@ -58,10 +70,10 @@ def _make(a: argparse.Namespace) -> Callable[[], int]:
             os.close(os.open(f"{a.path}/{_name(i)}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         return a.count
 
-    return work
+    return _timed(work)
 
 
-def _stat(a: argparse.Namespace) -> Callable[[], int]:
+def _stat(a: argparse.Namespace) -> Work:
     paths = _shuffled(a.path, a.count, a.seed)
 
     def work() -> int:
@@ -69,18 +81,18 @@ def _stat(a: argparse.Namespace) -> Callable[[], int]:
             os.stat(path)
         return len(paths)
 
-    return work
+    return _timed(work)
 
 
-def _list(a: argparse.Namespace) -> Callable[[], int]:
+def _list(a: argparse.Namespace) -> Work:
     def work() -> int:
         with os.scandir(a.path) as entries:
             return sum(1 for _ in entries)
 
-    return work
+    return _timed(work)
 
 
-def _unlink(a: argparse.Namespace) -> Callable[[], int]:
+def _unlink(a: argparse.Namespace) -> Work:
     """In the order in which they were made."""
     paths = [f"{a.path}/{_name(i)}" for i in range(a.count)]
 
@@ -89,10 +101,10 @@ def _unlink(a: argparse.Namespace) -> Callable[[], int]:
             os.unlink(path)
         return len(paths)
 
-    return work
+    return _timed(work)
 
 
-def _clear(a: argparse.Namespace) -> Callable[[], int]:
+def _clear(a: argparse.Namespace) -> Work:
     """Removes the directory; every file in it must have `size` bytes."""
 
     def work() -> int:
@@ -106,29 +118,35 @@ def _clear(a: argparse.Namespace) -> Callable[[], int]:
         os.rmdir(a.path)
         return len(paths)
 
-    return work
+    return _timed(work)
 
 
-def _passes(a: argparse.Namespace, once: Callable[[int, memoryview], None]) -> Callable[[], int]:
-    """Whole passes over one file until the time is over; the first one, which warms the page cache, does not count."""
+def _passes(a: argparse.Namespace, once: Callable[[int, memoryview], None]) -> Work:
+    """Whole passes over one file until the time is over; the first one, which warms the page cache, does not count.
+
+    The time is the median pass's, times their number: a pass takes less than a time slice, so that one that another
+    process interrupted is seen as what it is.
+    """
     fd = os.open(a.path, os.O_RDONLY)
     if os.fstat(fd).st_size != a.size:
         raise OSError(f"{a.path} has {os.fstat(fd).st_size} bytes and not {a.size}")
     buffer = memoryview(bytearray(a.size))
     once(fd, buffer)
 
-    def work() -> int:
-        end = time.monotonic() + a.seconds
-        done = 0
-        while time.monotonic() < end:
+    def work() -> tuple[int, float]:
+        now = time.monotonic()
+        end = now + a.seconds
+        took: list[float] = []
+        while now < end:
             once(fd, buffer)
-            done += 1
-        return done
+            before, now = now, time.monotonic()
+            took.append(now - before)
+        return len(took), sorted(took)[len(took) // 2] * len(took)
 
     return work
 
 
-def _read(a: argparse.Namespace) -> Callable[[], int]:
+def _read(a: argparse.Namespace) -> Work:
     def once(fd: int, buffer: memoryview) -> None:
         for at in range(0, len(buffer), PIECE):
             if os.preadv(fd, [buffer[at : at + PIECE]], at) != min(PIECE, len(buffer) - at):
@@ -137,7 +155,7 @@ def _read(a: argparse.Namespace) -> Callable[[], int]:
     return _passes(a, once)
 
 
-def _mmap(a: argparse.Namespace) -> Callable[[], int]:
+def _mmap(a: argparse.Namespace) -> Work:
     """Mapped anew in each pass, so that the page faults are counted, too."""
 
     def once(fd: int, buffer: memoryview) -> None:
@@ -147,7 +165,7 @@ def _mmap(a: argparse.Namespace) -> Callable[[], int]:
     return _passes(a, once)
 
 
-OPERATIONS: dict[str, Callable[[argparse.Namespace], Callable[[], int]]] = {
+OPERATIONS: dict[str, Callable[[argparse.Namespace], Work]] = {
     "create": _create,
     "make": _make,
     "stat": _stat,
@@ -173,9 +191,7 @@ def main() -> int:
         print("ready", flush=True)
         if not sys.stdin.readline():
             return 1  # who started it is gone
-        begun = time.monotonic()
-        count = work()
-        seconds = time.monotonic() - begun
+        count, seconds = work()
     except OSError as e:
         print(f"{a.operation}: {e}", file=sys.stderr)
         return 1
