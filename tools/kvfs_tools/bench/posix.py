@@ -40,7 +40,7 @@ from kvfs_tools.bench.scratch import file_system, machine, scratch_directory
 
 JOBS = 4
 SEALED = 4 << 20
-FILES_PER_S = 15_000  # that one process creates, at most: bounds the space that is needed
+FILES_PER_S, FILES_MAX = 15_000, 50_000  # that one process creates in one measurement, at most: bounds the space
 SLOWEST = 100.0  # files/s; slower is a hang
 SLACK_S = 60.0
 SYNC_S = 300.0
@@ -75,12 +75,12 @@ class PosixPlan:
     @property
     def create_limit(self) -> int:
         """Files that one process creates in one measurement, at most."""
-        return int(FILES_PER_S * self.seconds) + 1
+        return min(int(FILES_PER_S * self.seconds) + 1, FILES_MAX)
 
     @property
     def store(self) -> int:
         """Of kvfs: what is there at once, as much again for what is replaced, and a little."""
-        small = max(self.create_limit * JOBS, self.files) * KB4
+        small = max(measure.creates(self) for measure in self.measures) * KB4
         return 4 * self.file + 2 * small + (256 << 20)
 
     def needed(self, contenders: int) -> int:
@@ -190,6 +190,7 @@ class Measure:
     uses: str = ""  # the name of what `prepare` makes, shared with other measures
     uses_up: bool = False  # so that it is made again the next time
     against: str = PEER
+    creates: Callable[[PosixPlan], int] = lambda _: 0  # files of up to 4 KiB that are there at once
 
 
 def _rate(rw: str, name: str):
@@ -319,20 +320,29 @@ MEASURES = (
         uses_up=True,  # a block may be evicted; who has it does nothing
         against=RAW,
     ),
-    Measure("create-1", "create + write 4 KiB + close, 1 process", "files/s", Target(4.0), _create(1)),
+    Measure(
+        "create-1",
+        "create + write 4 KiB + close, 1 process",
+        "files/s",
+        Target(4.0),
+        _create(1),
+        creates=lambda p: p.create_limit,
+    ),
     Measure(
         f"create-{JOBS}",
         f"the same, {JOBS} processes, a directory each",
         "files/s",
         Target(4.0),
         _create(JOBS),
+        creates=lambda p: p.create_limit * JOBS,
     ),
-    Measure(
-        "stat", "stat of each file of a large directory, shuffled, cold", "files/s", Target(2.0), _stat, _many, "many"
-    ),
-    Measure("readdir", "reading the names of that directory, cold", "names/s", Target(2.0), _list, _many, "many"),
-    Measure(
-        "unlink", "unlink of each of its (empty) files", "files/s", Target(2.0), _unlink, _many, "many", uses_up=True
+    *(
+        Measure(name, what, unit, Target(2.0), take, _many, "many", uses_up=uses_up, creates=lambda p: p.files)
+        for name, what, unit, take, uses_up in (
+            ("stat", "stat of each file of a large directory, shuffled, cold", "files/s", _stat, False),
+            ("readdir", "reading the names of that directory, cold", "names/s", _list, False),
+            ("unlink", "unlink of each of its (empty) files", "files/s", _unlink, True),
+        )
     ),
 )
 
@@ -370,7 +380,7 @@ def _one(run: _Run, measure: Measure, contender: Contender) -> float:
 def _notes(plan: PosixPlan, contenders: list[str], fio: Fio | None, disk: str, dropped: bool) -> list[str]:
     notes = [
         f"{RAW}: a plain directory on the {disk} that the others store in, so the limit of what they could reach.",
-        f"kvfs: {plan.memory >> 20} MiB of memory tier, as `kvfs up` has it."
+        f"kvfs: {plan.memory >> 20} MiB of memory tier, defaults else."
         + (
             f" {PEER}: SQLite metadata, file storage, trash off, defaults else (300 MiB of buffers, a cache on disk)."
             if PEER in contenders
@@ -378,7 +388,7 @@ def _notes(plan: PosixPlan, contenders: list[str], fio: Fio | None, disk: str, d
         ),
         "Each measurement has a mount of its own, started for it; no other contender is mounted meanwhile.",
         "Cold: the mount is new, so its process and the kernel know nothing of its files; "
-        + ("its cache directory was removed; " if PEER in contenders else "")
+        + (f"{PEER}'s cache directory was removed; " if PEER in contenders else "")
         + (
             "the kernel's caches of the disk's file system were dropped before."
             if dropped
