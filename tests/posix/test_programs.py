@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import compileall
 import hashlib
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -14,10 +16,13 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from mount_process import Mounted
+
+from commands import kvfs, run
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -31,23 +36,7 @@ def root(mounted: Mounted) -> Iterator[Path]:
     """The mount; afterwards the daemon is stopped and what it left is checked."""
     yield mounted.root
     assert mounted.stop() == 0, mounted.log.read_text()
-    run(sys.executable, "-m", "kvfs", "fsck", mounted.data, "--data")
-
-
-def run(*command: str | Path, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=100,
-        check=False,
-        text=True,
-        errors="replace",
-    )
-    assert done.returncode == 0, (command, done.returncode, done.stdout[-3000:])
-    return done.stdout
+    kvfs("fsck", mounted.data, "--data")
 
 
 def digests(top: Path) -> dict[str, str]:
@@ -207,24 +196,130 @@ def test_rsync_finds_nothing_to_do_the_second_time(root: Path, tree: Path, tmp_p
     assert run("rsync", "-aHXi", "--checksum", "--delete", f"{tree}/", root / "copy") == ""
 
 
-def test_tensors_are_mapped(root: Path) -> None:
-    """As in safetensors files: a header, then arrays at odd offsets, read and changed through a mapping."""
+BUILD = """
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
+# A wheel is a zip file; this backend makes one without any package from elsewhere.
+BACKEND = """
+import zipfile
+
+def build_wheel(directory, config_settings=None, metadata_directory=None):
+    name = "kvfs_sample-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(directory + "/" + name, "w") as wheel:
+        for i in range(100):
+            wheel.writestr(f"kvfs_sample/part{i}.py", f"VALUE = {i}\\n")
+        wheel.writestr("kvfs_sample/__init__.py", "def main():\\n    from . import part99\\n    print(part99.VALUE)\\n")
+        info = "kvfs_sample-1.0.dist-info/"
+        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: kvfs-sample\\nVersion: 1.0\\n")
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nGenerator: backend\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "entry_points.txt", "[console_scripts]\\nkvfs-sample = kvfs_sample:main\\n")
+        wheel.writestr(info + "RECORD", "")
+    return name
+"""
+
+
+def test_venv_and_pip_install(root: Path, tmp_path: Path) -> None:
+    """A new environment on the mount, a project that pip builds and installs there, its command, and its removal."""
+    python = root / "env" / "bin" / "python"
+    run(sys.executable, "-m", "venv", root / "env", seconds=100)
+    project = root / "project"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(BUILD)
+    (project / "backend.py").write_text(BACKEND)
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    home = {"HOME": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    run(*pip, "install", "--no-index", project, environment=home, seconds=100)
+    assert run(root / "env" / "bin" / "kvfs-sample") == "99\n"
+    installed = run(python, "-c", "import kvfs_sample; print(kvfs_sample.__file__)").strip()
+    assert Path(installed).is_relative_to(root)
+    assert run(*pip, "check", environment=home) == "No broken requirements found.\n"
+    run(*pip, "uninstall", "-y", "kvfs-sample", environment=home)
+    assert not Path(installed).exists()
+
+
+MAKEFILE = """
+OBJECTS := $(patsubst %.c,%.o,$(wildcard *.c))
+CFLAGS := -O1 -MMD
+program: libparts.a main.o
+\t$(CC) -o $@ main.o -L. -lparts
+libparts.a: $(filter-out main.o,$(OBJECTS))
+\t$(AR) rcs $@ $^
+-include *.d
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None or shutil.which("gcc") is None, reason="no make or no gcc")
+def test_parallel_build(root: Path) -> None:
+    """make builds everything, then nothing, then what a changed header needs: so do times on the mount."""
+    parts = 30
+    (root / "parts.h").write_text("".join(f"int part{i}(int);\n" for i in range(parts)))
+    (root / "step.h").write_text("#define STEP 1\n")
+    for i in range(parts):
+        (root / f"part{i}.c").write_text(
+            f'#include "parts.h"\n#include "step.h"\nint part{i}(int n) {{ return n + STEP; }}\n'
+        )
+    calls = "".join(f" n = part{i}(n);" for i in range(parts))
+    (root / "main.c").write_text(
+        f'#include <stdio.h>\n#include "parts.h"\nint main(void) {{ int n = 0;{calls} printf("%d\\n", n); return 0; }}\n'
+    )
+    (root / "Makefile").write_text(MAKEFILE)
+
+    def make() -> list[str]:
+        return re.findall(r"-c -o (\S+)\.o", run("make", "-j2", "CC=gcc", cwd=root, environment={"MAKEFLAGS": ""}))
+
+    everything = sorted(["main", *(f"part{i}" for i in range(parts))])
+    assert sorted(make()) == everything
+    assert run(root / "program") == f"{parts}\n"
+    assert make() == []
+    (root / "step.h").write_text("#define STEP 2\n")
+    assert sorted(make()) == sorted(set(everything) - {"main"})
+    assert run(root / "program") == f"{2 * parts}\n"
+    assert make() == []
+
+
+def test_safetensors_are_mapped(root: Path) -> None:
+    """A file in the safetensors format: its header, then arrays at odd offsets, read and changed through mappings."""
     rng = np.random.default_rng(1)
-    tensors = [rng.integers(0, 255, size, dtype=np.uint8) for size in (1, 4095, 100_003, 8_000_000)]
+    tensors = {f"t{size}": rng.integers(0, 255, size, dtype=np.uint8) for size in (1, 4095, 100_003, 8_000_000)}
+    header: dict[str, dict[str, Any]] = {}
+    off = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "U8", "shape": list(tensor.shape), "data_offsets": [off, off + tensor.nbytes]}
+        off += tensor.nbytes
     path = root / "model.safetensors"
-    offsets: list[int] = []
+    encoded = json.dumps(header).encode()
     with path.open("wb") as file:
-        file.write(b"h" * 123)
-        for tensor in tensors:
-            offsets.append(file.tell())
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
             tensor.tofile(file)
-    for tensor, off in zip(tensors, offsets, strict=True):
-        mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=off, shape=tensor.shape)
-        assert np.array_equal(mapped, tensor)
-    last = np.memmap(path, dtype=np.uint8, mode="r+", offset=offsets[-1], shape=tensors[-1].shape)
-    last[::5000] += 1
-    last.flush()
-    tensors[-1][::5000] += 1
-    whole = path.read_bytes()
-    assert whole[offsets[-1] :] == tensors[-1].tobytes()
-    assert whole[offsets[2] : offsets[3]] == tensors[2].tobytes()
+
+    length = int.from_bytes(np.memmap(path, np.uint8, "r", shape=(8,)).tobytes(), "little")
+    found = json.loads(np.memmap(path, np.uint8, "r", offset=8, shape=(length,)).tobytes())
+
+    def mapped(name: str, mode: Literal["r", "r+"] = "r") -> Any:
+        begin, end = found[name]["data_offsets"]
+        return np.memmap(path, np.uint8, mode, offset=8 + length + begin, shape=(end - begin,))
+
+    for name, tensor in tensors.items():
+        assert np.array_equal(mapped(name), tensor)
+    changed = mapped("t8000000", "r+")
+    changed[::5000] += 1
+    changed.flush()
+    tensors["t8000000"][::5000] += 1
+    assert path.read_bytes()[8 + length :] == b"".join(tensor.tobytes() for tensor in tensors.values())
+
+
+def test_safetensors_library_maps(root: Path) -> None:
+    library: Any = pytest.importorskip("safetensors")
+    numpy: Any = pytest.importorskip("safetensors.numpy")
+    rng = np.random.default_rng(2)
+    tensors = {f"t{i}": rng.standard_normal((50, 1000 * i + 1), dtype=np.float32) for i in range(8)}
+    numpy.save_file(tensors, root / "model.safetensors", metadata={"format": "np"})
+    with library.safe_open(root / "model.safetensors", framework="np") as file:
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            assert np.array_equal(file.get_tensor(name), tensor)
+            assert np.array_equal(file.get_slice(name)[10:20], tensor[10:20])
