@@ -14,6 +14,8 @@ from pathlib import Path
 
 from kvfs.mount import service
 
+KVFS = (sys.executable, "-m", "kvfs")
+
 
 def attempt(
     *command: str | Path,
@@ -54,7 +56,13 @@ def run(
 
 
 def kvfs(*options: str | Path, data: bytes | None = None, seconds: float = 60) -> str:
-    return run(sys.executable, "-m", "kvfs", *options, data=data, seconds=seconds)
+    return run(*KVFS, *options, data=data, seconds=seconds)
+
+
+def attempt_kvfs(
+    *options: str | Path, data: bytes | None = None, seconds: float = 60
+) -> subprocess.CompletedProcess[bytes]:
+    return attempt(*KVFS, *options, data=data, seconds=seconds)
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def running(directory: Path, *options: str) -> Generator[Path]:
         kvfs("up", "--dir", directory, *options, "--detach")
         yield directory
     finally:
-        attempt(sys.executable, "-m", "kvfs", "down", "--dir", directory)
+        attempt_kvfs("down", "--dir", directory)
         service.unmount(directory / "mnt")
 
 

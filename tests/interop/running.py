@@ -1,9 +1,7 @@
-"""A daemon of `kvfs up`, and the command line."""
+"""A daemon of `kvfs up`."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +17,3 @@ class Up:
     @property
     def socket(self) -> Path:
         return self.directory / "kvfs.sock"
-
-
-def kvfs(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvfs", *args], capture_output=True, text=True, timeout=60, check=False
-    )

@@ -11,27 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from commands import attempt_kvfs, kvfs
 from kvfs.mount import service
 from kvfs_usrbio import MISS, BlockStore
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def run(*args: str, data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvfs", *args], input=data, capture_output=True, timeout=60, check=False
-    )
-
-
-def kvfs(*args: str, data: bytes | None = None) -> str:
-    done = run(*args, data=data)
-    assert done.returncode == 0, (args, done.stdout, done.stderr)
-    return done.stdout.decode()
-
-
 def refused(*args: str, code: int = 1, data: bytes | None = None) -> str:
     """The one sentence that a command says instead of doing anything."""
-    done = run(*args, data=data)
+    done = attempt_kvfs(*args, data=data)
     assert (done.returncode, done.stdout) == (code, b""), (args, done.stdout, done.stderr)
     lines = done.stderr.decode().splitlines()
     assert len(lines) == 1, done.stderr
@@ -48,7 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         kvfs("up", "--dir", str(place), "--mount", str(point), "--size", "128M", "--detach")
         yield root
     finally:
-        run("down", "--dir", str(place))
+        attempt_kvfs("down", "--dir", str(place))
         service.unmount(point)
 
 
@@ -172,7 +161,7 @@ def test_blocks_of_a_durable_namespace_are_never_evicted(tmp_path: Path) -> None
                 assert cache.put(more[first : first + 60], [bytes(size)] * 60) == [1] * 60
             assert kept.exists(keys[:64]) == [size] * 64
     finally:
-        run("down", *where)
+        attempt_kvfs("down", *where)
         service.unmount(tmp_path / "kv" / "mnt")
 
 
@@ -202,7 +191,7 @@ def test_mount_serves_an_existing_directory(tmp_path: Path) -> None:
         kvfs("down", "--dir", str(point))
         assert not service.is_mounted(point)
     finally:
-        run("down", "--dir", str(place))
+        attempt_kvfs("down", "--dir", str(place))
         service.unmount(point)
 
 
@@ -271,7 +260,7 @@ def test_a_directory_that_cannot_be_used_is_left_as_it_is(tmp_path: Path) -> Non
         assert kvfs("get", "--dir", str(place), "a/b", "01") == "abc"
         assert "in use by another kvfs" in refused("up", "--dir", str(place))
     finally:
-        run("down", "--dir", str(place))
+        attempt_kvfs("down", "--dir", str(place))
         service.unmount(place / "mnt")
 
 

@@ -3,22 +3,17 @@
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from commands import attempt_kvfs, kill_daemon
 from kvfs.mount import service
 
 
 def kvfs(*args: str, data: bytes | None = None, code: int = 0) -> bytes:
-    done = subprocess.run(
-        [sys.executable, "-m", "kvfs", *args], input=data, capture_output=True, timeout=60, check=False
-    )
+    done = attempt_kvfs(*args, data=data)
     assert done.returncode == code, (args, done.returncode, done.stdout, done.stderr)
     return done.stdout if code == 0 else done.stderr
 
@@ -27,9 +22,7 @@ def kvfs(*args: str, data: bytes | None = None, code: int = 0) -> bytes:
 def directory(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "kv"
     yield place
-    subprocess.run(
-        [sys.executable, "-m", "kvfs", "down", "--dir", str(place)], capture_output=True, timeout=60, check=False
-    )
+    attempt_kvfs("down", "--dir", place)
     service.unmount(place / "mnt")
 
 
@@ -66,11 +59,7 @@ def test_what_was_durable_is_there_after_a_kill(directory: Path) -> None:
         f.write(block)
         f.flush()
         os.fsync(f.fileno())
-    pid = json.loads(kvfs("status", *where, "--json"))["pid"]
-    os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    kill_daemon(directory)
     kvfs("up", *where, "--detach")
     assert kvfs("get", *where, "me/cache", "0a1b2c") == block
     assert (directory / "mnt/file").read_bytes() == block

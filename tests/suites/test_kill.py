@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from suite_programs import copy_of, program
 
-from commands import attempt, kill_daemon, kvfs, run
+from commands import attempt_kvfs, kill_daemon, kvfs, run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -53,7 +53,7 @@ def put_synced(path: Path, data: bytes) -> None:
 def kill_and_restart(directory: Path) -> None:
     """What the kill leaves is nothing worse than data without an owner."""
     kill_daemon(directory)
-    found = attempt(sys.executable, "-m", "kvfs", "fsck", directory, "--data", "--json", seconds=300)
+    found = attempt_kvfs("fsck", directory, "--data", "--json", seconds=300)
     problems = {problem["text"] for problem in json.loads(found.stdout)["problems"]}
     assert problems <= UNOWNED, found.stdout
     kvfs("up", "--dir", directory, "--detach")

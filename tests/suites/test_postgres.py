@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import attempt, kill_daemon, kvfs, run, wait_gone
+from commands import attempt, attempt_kvfs, kill_daemon, kvfs, run, wait_gone
 from kvfs.mount import service
 
 pytestmark = pytest.mark.timeout(600)
@@ -194,7 +193,7 @@ def postgres(directory: Path) -> Iterator[Postgres]:
     finally:
         if server is not None:
             server.kill()
-        attempt(sys.executable, "-m", "kvfs", "down", "--dir", directory)
+        attempt_kvfs("down", "--dir", directory)
         service.unmount(outside / "mnt")
         shutil.rmtree(outside, ignore_errors=True)
 
