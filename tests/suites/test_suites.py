@@ -147,6 +147,7 @@ def test_stress_ng(root: Path, tmp_path: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.timeout(1800)
 def test_directory_of_200000_entries(root: Path) -> None:
     entries = 200_000
     listed_under_change(root / "d", entries, rounds=6)
