@@ -51,6 +51,13 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory: Size = Size(512 << 20)
 
 
+class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[fuse]: how the mount is served."""
+
+    native: bool = True
+    """Reads and writes go past Python; false: pyfuse3 serves everything."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[log]: how much is logged, and how it is written."""
 
@@ -71,6 +78,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dir: Path = msgspec.field(default_factory=lambda: default_directory(os.environ))
     mount: Path | None = None
     store: StoreConfig = StoreConfig()
+    fuse: FuseConfig = FuseConfig()
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -80,7 +88,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.mount if self.mount is not None else self.dir / "mnt"
 
 
-SECTIONS: dict[str, type[msgspec.Struct]] = {"store": StoreConfig, "log": LogConfig, "metrics": MetricsConfig}
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "store": StoreConfig,
+    "fuse": FuseConfig,
+    "log": LogConfig,
+    "metrics": MetricsConfig,
+}
 TOP_LEVEL = ("dir", "mount")
 
 

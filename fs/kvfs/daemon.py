@@ -194,7 +194,8 @@ class Daemon:
             started.set()
 
         async with DataPlane.open(self.node) as data, trio.open_nursery() as nursery:
-            files = OpenFiles(tree, data)
+            direct = self.node if self.config.fuse.native else None
+            files = OpenFiles(tree, data, direct.fuse_invalidate) if direct else OpenFiles(tree, data)
 
             async def serve_mount() -> None:
                 await service.serve(
@@ -204,13 +205,14 @@ class Daemon:
                     self.make_namespace,
                     files,
                     Info(socket=str(self.layout.socket), directory=str(self.layout.root)),
+                    node=direct,
                     source=mount_source(self.layout.root),
                     mounted=mounted,
                 )
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(serve_mount)
-            questions = FileQuestions(files.drop_cached, files.store)
+            questions = FileQuestions(files.drop_cached, files.store, service.ended)
             nursery.start_soon(self.node.serve_upcalls, self._resolve, questions)
             nursery.start_soon(self._serve_admin, data)
             await self.stop.wait()

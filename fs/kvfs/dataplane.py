@@ -276,6 +276,10 @@ class DataPlane:
         check(lib.kvfs_node_inode_take(self._node, ino, self._size, self._when), f"state of inode {ino}")
         return InodeState(self._size[0], self._when[0])
 
+    def inode_no_capability(self, ino: int, on: bool) -> None:
+        """Whether it is known to have no security.capability, for which the kernel asks before each write."""
+        check(lib.kvfs_node_inode_no_capability(self._node, ino, on), f"state of inode {ino}")
+
     def inode_refs(self, ino: int) -> int:
         """Opens not yet closed, those of clients' file handles among them."""
         return check(lib.kvfs_node_inode_refs(self._node, ino), f"references of inode {ino}")

@@ -53,6 +53,8 @@ class FileQuestions:
     """The client has written to the inode: the kernel's pages and attributes of it must go."""
     store: Callable[[int], Awaitable[None]]
     """The client's fsync: the inode's size and times must be made durable."""
+    unmounted: Callable[[], None] = lambda: None
+    """The kernel has ended the mount of fuse_start."""
 
 
 # Called for a namespace that a client opens and the node does not know: (tenant, name, the client's uid).
@@ -143,6 +145,25 @@ class Node:
         if result < 0:
             raise OSError(-result, "the node serves no file handles")
 
+    def fuse_start(self, kernel: int, daemon: int) -> None:
+        """Serves the mount whose /dev/fuse is `kernel`, passing on what is not its own to `daemon`, one end of a
+        SOCK_SEQPACKET socketpair. Both descriptors are the node's from now on."""
+        err = ffi.new("char[]", ERR_BYTES)
+        _raise(lib.kvfs_node_fuse_start(self.handle, kernel, daemon, err, ERR_BYTES), err)
+
+    def fuse_stop(self) -> None:
+        """Returns when every request under way has ended."""
+        result = lib.kvfs_node_fuse_stop(self.handle)
+        if result < 0:
+            raise OSError(-result, "the node serves no mount")
+
+    def fuse_invalidate(self, ino: int) -> None:
+        """The kernel forgets pages and attributes of `ino`; FileNotFoundError: it does not know it. Waits for reads of it
+        under way, so not from trio's thread."""
+        result = lib.kvfs_node_fuse_invalidate(self.handle, ino)
+        if result < 0:
+            raise OSError(-result, f"invalidation of inode {ino}")
+
     async def serve_upcalls(self, resolve: Resolver, files: FileQuestions | None = None) -> None:
         """Answers opens of unknown namespaces, one at a time, and questions about files, side by side, until cancelled.
 
@@ -154,6 +175,10 @@ class Node:
             while True:
                 await trio.lowlevel.wait_readable(fd)
                 while lib.kvfs_node_next_upcall(self.handle, call) == 1:
+                    if call.kind == lib.KVFS_UPCALL_UNMOUNTED:
+                        if files is not None:
+                            files.unmounted()
+                        continue
                     if call.kind != lib.KVFS_UPCALL_NAMESPACE:
                         nursery.start_soon(self._answer_file, call.id, call.kind, call.ino, files)
                         continue

@@ -44,6 +44,7 @@ struct kvfs_node_stats {
 
 #define KVFS_UPCALL_NAMESPACE 1u /* a client opens namespace (tenant, name) that kvfs_node_ns_put has not named yet */
 #define KVFS_UPCALL_DROP 2u      /* a client wrote to inode `ino`: the kernel's pages and attributes of it must go */
+#define KVFS_UPCALL_UNMOUNTED 4u /* the kernel has ended the connection of kvfs_node_fuse_start */
 #define KVFS_UPCALL_STORE 3u     /* a client's fsync: size and times of inode `ino` must be made durable */
 
 struct kvfs_upcall {
@@ -91,7 +92,20 @@ int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open
 int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
 /* The same for whoever stores it: the time is taken. */
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
+/* There are no more of security.capability than the kernel was told. */
+int kvfs_node_inode_no_capability(kvfs_node* n, uint64_t ino, int on);
 int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
+
+/* The mount. `kernel` is /dev/fuse, mounted; `daemon` one end of a SOCK_SEQPACKET socketpair whose other end the daemon's
+ * libfuse serves as if it were /dev/fuse. Reads and writes of open inodes are served here, the rest there. Both
+ * descriptors are the node's from now on, whatever is returned. Inode numbers with KVFS_VIEW_INO are the daemon's alone. */
+#define KVFS_VIEW_INO 0x8000000000000000u
+int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t err_len);
+/* Ends it when all requests under way have ended. */
+int kvfs_node_fuse_stop(kvfs_node* n);
+/* The kernel forgets pages and attributes of `ino`. Waits for reads of it that are under way: never call it from the
+ * thread that answers them. -ENOENT: the kernel does not know it. */
+int kvfs_node_fuse_invalidate(kvfs_node* n, uint64_t ino);
 
 /* Offline check of a store that nobody has open (store/check_store.h says what the problems' numbers mean). */
 struct kvfs_check_config {

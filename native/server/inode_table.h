@@ -24,6 +24,7 @@ struct Inode {
   // The kernel may hold pages or attributes of it. Set before what it is given is looked up; a client's write that finds
   // it set has them dropped before it completes.
   std::atomic<bool> cached{false};
+  std::atomic<bool> no_capability{false};  // it has no security.capability, for which the kernel asks before each write
   std::atomic<bool> grown{false};  // since a client's fsync last had the size stored
   uint32_t refs = 0;               // under the table's mutex
 

@@ -2,9 +2,11 @@
 // and file servers, and the daemon's own two rings.
 #include "../ffi/kvfs_node.h"
 
+#include <linux/fuse.h>
 #include <linux/futex.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +21,7 @@
 #include "../store/check.h"
 #include "control.h"
 #include "files.h"
+#include "fuse_channel.h"
 #include "namespaces.h"
 #include "reactor.h"
 
@@ -84,6 +87,15 @@ struct Box {
   }
 };
 
+// A descriptor that lives as long as somebody uses it.
+struct SharedFd {
+  explicit SharedFd(int f) : fd(f) {}
+  ~SharedFd() {
+    if (fd >= 0) close(fd);
+  }
+  const int fd;
+};
+
 }  // namespace
 }  // namespace kvfs
 
@@ -103,6 +115,10 @@ struct kvfs_node {
   Store* store = nullptr;
   std::unique_ptr<ControlServer> control;
   std::unique_ptr<FileServer> files;
+  Uring* ring = nullptr;  // the reactor's
+  std::unique_ptr<FuseChannel> fuse;
+  std::mutex notify_mu;
+  std::shared_ptr<SharedFd> notify;  // /dev/fuse, for invalidations
 
   void run();
 };
@@ -129,6 +145,7 @@ void kvfs_node::run() {
       r.add_ring(&calls.daemon);
       reactor = &r;
       store = st.get();
+      ring = uring.get();
     }
     opened.set(s);
     if (s.err == 0) r.run();
@@ -201,6 +218,7 @@ int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, siz
 int kvfs_node_stop(kvfs_node* n, char* err, size_t err_len) {
   if (n == nullptr) return 0;
   if (n->files) n->files->stop();
+  kvfs_node_fuse_stop(n);
   Reactor* r = n->reactor;
   r->post([r] { r->end_upcalls(); });  // nobody answers any more
   if (n->control) n->control->stop();
@@ -343,6 +361,65 @@ int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
   *written_ns = i->written_ns.exchange(0, std::memory_order_acq_rel);
   *size = i->size.load(std::memory_order_acquire);
   return 0;
+}
+
+int kvfs_node_inode_no_capability(kvfs_node* n, uint64_t ino, int on) {
+  InodeRef i = n->inodes.find(ino);
+  if (!i) return -ENOENT;
+  i->no_capability.store(on != 0, std::memory_order_release);
+  return 0;
+}
+
+int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t err_len) {
+  auto notify = std::make_shared<SharedFd>(dup(kernel));
+  auto made = std::make_unique<FuseChannel>(kernel, daemon, n->reactor, n->ring, &n->inodes, &n->upcalls);
+  if (notify->fd < 0) return fail({errno, "no descriptor for the mount's notifications"}, err, err_len);
+  if (n->fuse) return fail({EBUSY, "this node serves a mount already"}, err, err_len);
+  auto started = std::make_shared<Box<Status>>();
+  n->reactor->post([r = n->reactor, c = made.get(), started] {
+    Status s = c->init();
+    if (s.err == 0) r->set_fuse(c);
+    started->set(s);
+  });
+  Status s = started->get();
+  if (s.err != 0) return fail(s, err, err_len);
+  n->fuse = std::move(made);
+  std::lock_guard<std::mutex> g(n->notify_mu);
+  n->notify = std::move(notify);
+  return 0;
+}
+
+int kvfs_node_fuse_stop(kvfs_node* n) {
+  if (!n->fuse) return -ENOENT;
+  {
+    std::lock_guard<std::mutex> g(n->notify_mu);
+    n->notify.reset();
+  }
+  auto ended = std::make_shared<Box<bool>>();
+  n->reactor->post([r = n->reactor, ended] { r->close_fuse([ended] { ended->set(true); }); });
+  ended->get();
+  n->fuse.reset();
+  return 0;
+}
+
+int kvfs_node_fuse_invalidate(kvfs_node* n, uint64_t ino) {
+  std::shared_ptr<SharedFd> to;
+  {
+    std::lock_guard<std::mutex> g(n->notify_mu);
+    to = n->notify;
+  }
+  if (!to) return -ENOTCONN;
+  struct {
+    fuse_out_header head;
+    fuse_notify_inval_inode_out body;
+  } m{};
+  m.head.len = sizeof m;
+  m.head.error = FUSE_NOTIFY_INVAL_INODE;
+  m.body.ino = ino;
+  ssize_t done;
+  do done = write(to->fd, &m, sizeof m);
+  while (done < 0 && errno == EINTR);
+  return done < 0 ? -errno : 0;
 }
 
 int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev) {

@@ -12,6 +12,7 @@
 
 #include "../store/check.h"
 #include "bus_guard.h"
+#include "fuse_channel.h"
 #include "validate.h"
 
 namespace kvfs {
@@ -107,6 +108,7 @@ void Reactor::run() {
       drain_from_ = (drain_from_ + 1) % uint32_t(rings_.size());
       for (size_t i = 0; i < rings_.size(); ++i) drain(rings_[(drain_from_ + i) % rings_.size()]);
     }
+    if (fuse_ != nullptr) fuse_->pump();
     job_ready_ = false;
     if (step_jobs()) job_ready_ = true;  // a step may also let an earlier job go on
     store_->tick(monotonic_ns());
@@ -124,6 +126,7 @@ void Reactor::run() {
 
 bool Reactor::work_waiting() {
   if (has_posted_.load(std::memory_order_acquire) || job_ready_ || store_->busy()) return true;
+  if (fuse_ != nullptr && fuse_->ready() && ops_live_ < kMaxOps) return true;
   for (Ring* r : rings_) {
     if (!r->closing && r->q.can_take() && ops_live_ < kMaxOps) return true;
   }
@@ -139,9 +142,11 @@ bool Reactor::spin() {
   uint64_t end = monotonic_ns() + (spin_credit_ > 0 || (idle_rounds_ & 63) == 0 ? kSpinNs : kShortSpinNs);
   do {
     for (int i = 0; i < 32; ++i) {
-      if (work_waiting()) {
+      const bool events =
+          fuse_ != nullptr && uring_->has_events();  // of the mount; sleep() takes them without sleeping
+      if (events || work_waiting()) {
         if (spin_credit_ < 16) ++spin_credit_;
-        return true;
+        return !events;
       }
       cpu_relax();
     }
@@ -235,7 +240,13 @@ unsigned Reactor::drain(Ring* r) {
   return n;
 }
 
-void Reactor::finish(Ring* r, uint64_t user_data, int64_t result) { r->q.complete(user_data, result); }
+void Reactor::finish(Ring* r, uint64_t user_data, int64_t result) {
+  if (r->fuse != nullptr) {
+    r->fuse->done(user_data, result);
+  } else {
+    r->q.complete(user_data, result);
+  }
+}
 
 void Reactor::dispatch(Ring* r, const kvfs_sqe& s) {
   int err = check_sqe(s, r->session == nullptr);
@@ -438,6 +449,17 @@ void Reactor::close_ring(Ring* r, std::function<void()> done) {
     if (r->q.reserved() != 0) return false;
     std::erase(rings_, r);
     if (r->poll_handle >= 0) uring_->remove_poll(r->poll_handle);
+    done();
+    return true;
+  });
+}
+
+void Reactor::close_fuse(std::function<void()> done) {
+  if (fuse_ == nullptr) return done();
+  fuse_->stop();
+  closing_.push_back([this, done = std::move(done)] {
+    if (!fuse_->idle()) return false;
+    fuse_ = nullptr;
     done();
     return true;
   });

@@ -37,6 +37,7 @@ struct Iov {
 };
 
 struct Session;
+class FuseChannel;
 
 struct Ring {
   DaemonRing q;
@@ -46,6 +47,7 @@ struct Ring {
   std::atomic<int> event_fd{-1};  // a socket to write to when the client waits on its other end (-1: it has none)
   int notify_fd = -1;             // in-process ring: eventfd written instead of a futex wake (-1: futex)
   Session* session = nullptr;     // null: in-process
+  FuseChannel* fuse = nullptr;    // stands for the mount: completions go there, there are no queues
   int poll_handle = -1;           // of wake_fd in the Uring
   bool closing = false;
   uint32_t ready = 0;  // SQEs to take this turn
@@ -141,6 +143,10 @@ class Reactor {
   void close_ring(Ring* r, std::function<void()> done);
   void close_iov(Iov* v, std::function<void()> done);
   void close_session(Session* s, std::function<void()> done);
+  // Takes an operation of `r` that did not come through its queues; ends in FuseChannel::done.
+  void take(Ring* r, const kvfs_sqe& s) { dispatch(r, s); }
+  void set_fuse(FuseChannel* f) { fuse_ = f; }
+  void close_fuse(std::function<void()> done);
   void close_file(InodeRef inode);  // one reference of the table, once writes under way have ended
   void answered(uint64_t upcall, int err);
   void end_upcalls();  // those under way count as answered, and no more are made
@@ -193,6 +199,7 @@ class Reactor {
   Store* store_;
   InodeTable* inodes_;
   Upcalls* upcalls_;
+  FuseChannel* fuse_ = nullptr;
   struct Asked {
     InodeRef inode;
     Job* job = nullptr;  // an fsync; null: the inode's drop

@@ -119,7 +119,7 @@ io_uring_sqe* Uring::sqe() {
   return s;
 }
 
-int Uring::add_poll(int fd, PollReady ready, void* owner) {
+int Uring::add_poll(int fd, PollReady ready, void* owner, uint32_t events) {
   uint32_t idx;
   if (!free_polls_.empty()) {
     idx = free_polls_.back();
@@ -132,6 +132,7 @@ int Uring::add_poll(int fd, PollReady ready, void* owner) {
   }
   Poll& p = polls_[idx];
   p.fd = fd;
+  p.events = events;
   p.live = true;
   p.armed = false;
   p.ready = ready;
@@ -144,7 +145,7 @@ bool Uring::arm(uint32_t idx) {
   io_uring_sqe* s = sqe();
   if (s == nullptr) return false;
   Poll& p = polls_[idx];
-  io_uring_prep_poll_multishot(s, p.fd, POLLIN);
+  io_uring_prep_poll_multishot(s, p.fd, p.events);
   s->user_data = static_cast<uint64_t>(p.gen) << 32 | static_cast<uint64_t>(idx) << 2 | kTagPoll;
   p.armed = true;
   return true;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <liburing.h>
+#include <poll.h>
 
 #include <cstdint>
 #include <memory>
@@ -40,15 +41,17 @@ class Uring {
   // The caller has no I/O on it in flight any more.
   int unregister_buffer(int idx);
 
-  // Calls ready(owner, revents) from submit_and_wait whenever fd becomes readable (multishot poll: edge-like, so the
-  // callback drains the fd). Returns a handle >= 0 or -errno. After remove_poll no call comes any more, at once.
-  int add_poll(int fd, PollReady ready, void* owner);
+  // Calls ready(owner, revents) from submit_and_wait whenever fd becomes readable, or whatever `events` says (multishot
+  // poll: edge-like, so the callback drains the fd). Returns a handle >= 0 or -errno. After remove_poll no call comes any more, at once.
+  int add_poll(int fd, PollReady ready, void* owner, uint32_t events = POLLIN);
   void remove_poll(int handle);
 
   // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs
   // the callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
   // Waits for `min` of them (a busy reactor is woken once per handful), the timeout notwithstanding.
   int submit_and_wait(uint64_t timeout_ns, unsigned min = 1);
+  // Something has happened that submit_and_wait would tell of.
+  bool has_events() const { return io_uring_cq_ready(&ring_) != 0; }
 
  private:
   friend class UringDevice;
@@ -61,6 +64,7 @@ class Uring {
   };
   struct Poll {
     int fd = -1;
+    uint32_t events = POLLIN;
     uint32_t gen = 0;    // of the handle's user, so that a late event of the last one is dropped
     bool live = false;   // somebody wants events
     bool armed = false;  // the kernel has a request of this generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Awaitable
@@ -22,6 +23,8 @@ from kvfs.node import FileQuestions, Node, NodeConfig, format_store
 from kvfs.node import Namespace as NodeNamespace
 
 SIZE = 256 << 20
+PYFUSE3_ALONE = "KVFS_TEST_PYFUSE3_ALONE"
+"""Set: pyfuse3 serves the mount alone, as with `fuse.native = false`."""
 
 
 async def main(directory: Path, point: Path) -> None:
@@ -32,7 +35,8 @@ async def main(directory: Path, point: Path) -> None:
     tree = Tree(store)
     config = NodeConfig(data_file, socket=directory / "sock")
     async with Node.open(config) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:
-        files = OpenFiles(tree, data)
+        direct = None if os.environ.get(PYFUSE3_ALONE) else node
+        files = OpenFiles(tree, data, direct.fuse_invalidate) if direct else OpenFiles(tree, data)
 
         def make_namespace(tenant: str, name: str) -> Namespace:
             made = namespaces.create(store, tenant, name)
@@ -51,11 +55,19 @@ async def main(directory: Path, point: Path) -> None:
         def serve(task_status: trio.TaskStatus[None]) -> Awaitable[None]:
             info = Info(str(directory / "sock"), str(directory))
             return service.serve(
-                point, tree, data, make_namespace, files, info, mounted=node.set_mount, task_status=task_status
+                point,
+                tree,
+                data,
+                make_namespace,
+                files,
+                info,
+                node=direct,
+                mounted=node.set_mount,
+                task_status=task_status,
             )
 
         nursery.start_soon(stop_on_signal)
-        nursery.start_soon(node.serve_upcalls, resolve, FileQuestions(files.drop_cached, files.store))
+        nursery.start_soon(node.serve_upcalls, resolve, FileQuestions(files.drop_cached, files.store, service.ended))
         await nursery.start(serve)
         print("mounted", flush=True)
     store.close()

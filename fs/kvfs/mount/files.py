@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,9 +45,13 @@ class OpenFile:
 
 
 class OpenFiles:
-    def __init__(self, tree: Tree, data: DataPlane) -> None:
+    def __init__(
+        self, tree: Tree, data: DataPlane, invalidate: Callable[[int], None] = pyfuse3.invalidate_inode
+    ) -> None:
+        """`invalidate` makes the kernel forget an inode's pages and attributes; it may wait for reads under way."""
         self.tree = tree
         self.data = data
+        self._invalidate = invalidate
         self._open: dict[int, OpenFile] = {}
         self._lingering: dict[int, OpenFile] = {}
         """Closed here, but still held by a client's file handle."""
@@ -94,6 +99,11 @@ class OpenFiles:
     def held(self, ino: int) -> OpenFile | None:
         """Open here or through a client's handle."""
         return self._open.get(ino) or self._lingering.get(ino)
+
+    def set_no_capability(self, file: OpenFile, on: bool) -> None:
+        if file.no_capability != on:
+            file.no_capability = on
+            self.data.inode_no_capability(file.ino, on)
 
     def overlay(self, inode: Inode) -> Inode:
         """The record with what only memory knows, for the kernel."""
@@ -157,7 +167,7 @@ class OpenFiles:
     async def drop_cached(self, ino: int) -> None:
         """A client has written to it: the kernel forgets its pages and attributes. May wait for reads under way."""
         with contextlib.suppress(FileNotFoundError):  # the kernel does not know it
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, limiter=self._droppers)
+            await trio.to_thread.run_sync(self._invalidate, ino, limiter=self._droppers)
 
     async def store(self, ino: int) -> None:
         """A client's fsync: what it has written is durable, now its size."""

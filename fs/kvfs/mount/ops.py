@@ -363,7 +363,7 @@ class MountOps(pyfuse3.Operations):
         self.tree.setxattr(inode, name, value)
         file = self.files.held(inode)
         if file is not None:
-            file.no_capability = False
+            self.files.set_no_capability(file, False)
 
     @guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
@@ -377,7 +377,7 @@ class MountOps(pyfuse3.Operations):
         try:
             return self.tree.getxattr(inode, name)
         except FsError as error:
-            file.no_capability = error.errno == errno.ENODATA
+            self.files.set_no_capability(file, error.errno == errno.ENODATA)
             raise
 
     @guarded

@@ -17,19 +17,18 @@ import trio.to_thread
 
 from kvfs.dataplane import DataPlane
 from kvfs.meta.tree import Tree
+from kvfs.node import Node
 
+from . import channel
 from .attrs import log
 from .blocks import BlockView, Info, MakeNamespace
+from .channel import MountError
 from .files import OpenFiles
 from .ops import MountOps
 
 UNMOUNT_TIMEOUT_S: Final = 10
 MAX_TASKS: Final = 64
 READ_AHEAD_KB: Final = 1024
-
-
-class MountError(Exception):
-    """Cannot mount here; the text says why and what to do."""
 
 
 def is_mounted(point: Path) -> bool:
@@ -98,6 +97,12 @@ def _read_ahead(device: int) -> None:
         where.write_text(str(READ_AHEAD_KB))
 
 
+def ended() -> None:
+    """The node saw the kernel end the mount: `serve` returns."""
+    if pyfuse3.trio_token is not None:
+        pyfuse3.terminate()
+
+
 async def serve(
     point: Path,
     tree: Tree,
@@ -106,13 +111,15 @@ async def serve(
     files: OpenFiles,
     info: Info,
     *,
+    node: Node | None = None,
     source: str = "kvfs",
     mounted: Callable[[int], None] = lambda _: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled or unmounted by someone else; then nothing is mounted and every size is in the tree.
 
-    `source` is what mount tables name; it holds no comma. `mounted` gets the mount's st_dev as soon as there is one.
+    With `node` reads and writes of open files go past Python, see `channel`. `source` is what mount tables name; it holds
+    no comma. `mounted` gets the mount's st_dev as soon as there is one.
     """
     prepare(point)
     ops = MountOps(tree, data, BlockView(tree.store, data, make_namespace, info), files)
@@ -120,9 +127,15 @@ async def serve(
     options = {f"fsname={source}", "subtype=kvfs", "default_permissions"}
     if _may_allow_other():
         options.add("allow_other")
+    direct: channel.Channel | None = None
     try:
-        pyfuse3.init(ops, str(point), options)
-    except RuntimeError as error:
+        if node is not None:
+            direct = channel.Channel.open(node, await trio.to_thread.run_sync(channel.mount, point, options))
+        pyfuse3.init(ops, direct.place if direct else str(point), options)
+    except (RuntimeError, OSError) as error:
+        unmount(point)
+        if direct:
+            direct.close()
         raise MountError(f"mounting at {point} failed: {error}.") from error
     try:
         async with trio.open_nursery() as nursery:
@@ -144,4 +157,7 @@ async def serve(
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(unmount, point)
         pyfuse3.close(unmount=False)
+        if direct:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(direct.close)
         log.info("unmounted", mount=str(point))

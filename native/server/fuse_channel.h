@@ -1,0 +1,92 @@
+// fuse_channel.h owns the mount's connection to the kernel. Requests are read here; reads and writes of open files are
+// served by the reactor at once, and everything else goes to the daemon's libfuse as whole messages over a socket, whose
+// answers come back the same way. So the daemon is a complete FUSE server that is asked less. Reactor thread only.
+#pragma once
+
+#include <linux/fuse.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "reactor.h"
+
+namespace kvfs {
+
+class FuseChannel {
+ public:
+  static constexpr unsigned kSlots = 64;       // requests read and neither answered nor passed on
+  static constexpr uint32_t kMaxIo = 1 << 20;  // bytes of one read or write
+  static constexpr unsigned kBudget = 16;      // requests, and answers of the daemon, per turn
+
+  // `kernel` is /dev/fuse after the mount, `daemon` the near end of a socketpair of SOCK_SEQPACKET; both are closed with
+  // the channel. They are made non-blocking.
+  FuseChannel(int kernel, int daemon, Reactor* reactor, Uring* uring, InodeTable* inodes, Upcalls* upcalls);
+  ~FuseChannel();
+  FuseChannel(const FuseChannel&) = delete;
+  FuseChannel& operator=(const FuseChannel&) = delete;
+  Status init();
+
+  void pump();         // once per turn
+  bool ready() const;  // pump() has something to do
+  // No request is read any more.
+  void stop();
+  bool idle() const { return used_ == 0; }
+  // The end of an operation of slot `slot`, from the reactor.
+  void done(uint64_t slot, int64_t result);
+
+ private:
+  // A request as the kernel gave it. What follows the head of a write begins at `data`, which is aligned for direct I/O.
+  struct Slot {
+    struct {
+      fuse_in_header in;
+      union {
+        fuse_read_in read;
+        fuse_write_in write;
+        fuse_getxattr_in getxattr;
+        fuse_batch_forget_in forgets;
+        char bytes[40];
+      };
+    } head;
+    char* data = nullptr;
+    size_t length = 0;
+    Slot* next = nullptr;
+  };
+  static_assert(sizeof(Slot::head) == sizeof(fuse_in_header) + sizeof(fuse_write_in));
+
+  void read_requests();
+  void take(Slot* s);
+  bool serve(Slot* s, uint8_t opcode, uint64_t off, uint32_t len);
+  bool answer_xattr(Slot* s);
+  bool nothing_to_flush(uint64_t ino);
+  bool only_plain_forgets(const Slot* s);
+  void pass_on(Slot* s);
+  void relay_answers();
+  void patch_init(char* answer, size_t length);
+  void reply(Slot* s, int error, const void* body, size_t bytes);
+  void release(Slot* s);
+  void kernel_gone();
+  static void on_kernel(void* self, uint32_t revents);
+  static void on_daemon(void* self, uint32_t revents);
+  static void on_room(void* self, uint32_t revents);
+
+  const int kernel_, daemon_;
+  Reactor* reactor_;
+  Uring* uring_;
+  InodeTable* inodes_;
+  Upcalls* upcalls_;
+  Ring ring_;  // stands for us where the reactor names an operation's origin
+  char* memory_ = nullptr;
+  size_t memory_bytes_ = 0;
+  std::unique_ptr<char[]> answer_;
+  std::unique_ptr<Slot[]> slots_;
+  Slot* free_ = nullptr;
+  unsigned used_ = 0;
+  Slot* blocked_ = nullptr;  // the daemon's socket is full; nothing is read meanwhile
+  uint32_t message_max_ = 0;
+  uint64_t init_unique_ = 0;
+  int kernel_poll_ = -1, daemon_poll_ = -1, room_poll_ = -1;
+  bool kernel_ready_ = true, daemon_ready_ = false;
+  bool gone_ = false, stopped_ = false;
+};
+
+}  // namespace kvfs
