@@ -240,6 +240,10 @@ class DataPlane:
     async def truncate(self, ino: int, size: int) -> None:
         await self._inode(lib.KVFS_OP_INODE_TRUNCATE, ino, size, "truncate")
 
+    async def land(self, ino: int) -> None:
+        """What was written so far is in the store: a size stored after this is of bytes that are there."""
+        await self._inode(lib.KVFS_OP_INODE_LAND, ino, 0, "land")
+
     async def fsync(self, ino: int) -> None:
         await self._inode(lib.KVFS_OP_INODE_FSYNC, ino, 0, "fsync")
 
@@ -272,7 +276,7 @@ class DataPlane:
         return InodeState(self._size[0], self._when[0])
 
     def inode_take(self, ino: int) -> InodeState:
-        """For whoever stores it."""
+        """For whoever stores it: the size as far as its bytes are in the store, see `land`."""
         check(lib.kvfs_node_inode_take(self._node, ino, self._size, self._when), f"state of inode {ino}")
         return InodeState(self._size[0], self._when[0])
 

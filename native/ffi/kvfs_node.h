@@ -90,7 +90,7 @@ int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open
 /* What the kernel is to be given: from now on it may hold copies, which a client's write must drop (upcall). Size in
  * bytes; written_ns: time of the last write (ns since 1970) not yet taken with kvfs_node_inode_take, 0 = none. */
 int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
-/* The same for whoever stores it: the time is taken. */
+/* For whoever stores it: the time is taken, and the size is that of the bytes which are in the store. */
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
 /* There are no more of security.capability than the kernel was told. */
 int kvfs_node_inode_no_capability(kvfs_node* n, uint64_t ino, int on);

@@ -118,14 +118,19 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
       jobs_.push_back(j);
       break;
     }
-    case KVFS_OP_INODE_FSYNC: {
-      Op* op = new_op();
-      op->ring = r;
-      op->user_data = s.user_data;
-      op->req.op = Request::Op::Flush;
-      op->req.key = file_key(ino, 0);
-      store_->submit(&op->req);
-      return 0;
+    case KVFS_OP_INODE_FSYNC:
+    case KVFS_OP_INODE_LAND: {
+      Job* j = new_job(r, s, s.opcode == KVFS_OP_INODE_FSYNC ? Job::Type::Fsync : Job::Type::Land);
+      j->ino = ino;
+      jobs_.push_back(j);
+      break;
+    }
+    case KVFS_OP_SYNC:
+    case KVFS_OP_CHECKPOINT: {
+      Job* j = new_job(r, s, Job::Type::Sync);
+      j->last = s.opcode == KVFS_OP_SYNC ? Request::Op::Sync : Request::Op::Checkpoint;
+      jobs_.push_back(j);
+      break;
     }
     case KVFS_OP_INODE_TRUNCATE: {
       Job* j = new_job(r, s, Job::Type::Truncate);
@@ -185,11 +190,14 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
   return 0;
 }
 
-bool Reactor::issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem) {
+bool Reactor::issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem,
+                    DirtyChunk* dirty) {
   if (ops_live_ >= kMaxOps) return false;
   Op* o = new_op();
   o->job = j;
   o->ring = j->ring;
+  o->dirty = dirty;
+  if (dirty != nullptr) WriteBack::pin(dirty);
   Request& q = o->req;
   q.op = op;
   q.flags = j->flags;
@@ -219,6 +227,10 @@ void Reactor::piece_done(Op* op) {
       } else if (n < int64_t(q.len)) {
         memset(static_cast<char*>(q.mem.ptr) + n, 0, size_t(q.len - n));  // a hole, or the chunk is shorter
       }
+      if (op->dirty != nullptr) {
+        WriteBack::overlay(*op->dirty, q.off, q.len, static_cast<char*>(q.mem.ptr));
+        write_back_.unpin(op->dirty);
+      }
       break;
     }
     case Job::Type::Write:
@@ -236,6 +248,51 @@ void Reactor::piece_done(Op* op) {
   }
 }
 
+bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem, uint32_t* holes) {
+  DirtyChunk* dirty = write_back_.find(j->ino, index);
+  if (dirty != nullptr && WriteBack::covers(*dirty, in, len)) {
+    WriteBack::overlay(*dirty, in, len, mem);
+    return true;
+  }
+  const ChunkKey key = file_key(j->ino, index);
+  ChunkInfo info;
+  if (store_->lookup(key, &info) != -ENOENT) return issue(j, Request::Op::Get, key, in, len, mem, dirty);
+  if (++*holes > kHolesPerStep) return false;
+  memset(mem, 0, len);
+  if (dirty != nullptr) WriteBack::overlay(*dirty, in, len, mem);
+  return true;
+}
+
+// A whole chunk in a client's memory goes straight to the device; everything else is taken into memory, unless it must be
+// durable or space is short, so that an error can still be told.
+bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem) {
+  const bool whole = len == kFileChunk && j->ring->session != nullptr;
+  DirtyChunk* dirty = write_back_.find(j->ino, index);
+  if ((j->flags & Request::kDurable) == 0 && !whole && (dirty != nullptr || write_back_.safe())) {
+    switch (write_back_.take(j->ino, index, in, len, mem, monotonic_ns())) {
+      case WriteBack::Taken::Yes:
+        if (dirty == nullptr) j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
+        return true;
+      case WriteBack::Taken::NoRoom:
+        write_back_.await_room(j);
+        return false;
+      case WriteBack::Taken::Gap:
+        break;
+    }
+  }
+  if (dirty != nullptr) write_back_.await_chunk(dirty, j);  // in the order of acknowledgement
+  if (j->flushes != 0) return false;
+  return issue(j, Request::Op::Write, file_key(j->ino, index), in, len, mem);
+}
+
+// Waits for what of the inode is on its way to the store; more of it may set out meanwhile, but nothing is added. True:
+// nothing is on its way.
+bool Reactor::drain_flights(Job* j) {
+  const uint64_t from = j->clearing ? j->fail_pos : j->pos;
+  write_back_.await_flights(j->ino, from / kFileChunk, j);
+  return j->flushes == 0;
+}
+
 void Reactor::step_range(Job* j) {
   uint32_t holes = 0;
   while (j->pos < j->end && j->pending < kJobWidth && j->err == 0) {
@@ -244,14 +301,9 @@ void Reactor::step_range(Job* j) {
     uint64_t left = j->end - j->pos;
     uint32_t len = left < kFileChunk - in ? uint32_t(left) : kFileChunk - in;
     char* mem = j->mem + (j->pos - j->off);
-    ChunkKey key = file_key(j->ino, index);
-    ChunkInfo info;
-    if (j->type == Job::Type::Read && store_->lookup(key, &info) == -ENOENT) {
-      if (++holes > kHolesPerStep) return;
-      memset(mem, 0, len);
-    } else if (!issue(j, j->type == Job::Type::Read ? Request::Op::Get : Request::Op::Write, key, in, len, mem)) {
-      return;
-    }
+    const bool went =
+        j->type == Job::Type::Read ? read_piece(j, index, in, len, mem, &holes) : write_piece(j, index, in, len, mem);
+    if (!went) return;
     j->pos += len;
   }
   j->generated = j->pos == j->end || j->err != 0;
@@ -332,16 +384,25 @@ void Reactor::step_scan(Job* j) {
 }
 
 bool Reactor::step(Job* j) {
-  if (j->held || j->asked) return false;
-  if (j->alone && !j->begun) begin_alone(j);
+  if (j->held || j->asked || j->flushes != 0) return false;
+  if (j->alone && !j->begun) {
+    if (!drain_flights(j)) return false;
+    begin_alone(j);
+    write_back_.cut(j->ino, j->pos);
+  }
   if (!j->generated) {
     switch (j->type) {
       case Job::Type::Read:
       case Job::Type::Write:
         step_range(j);
         break;
-      case Job::Type::Truncate:
       case Job::Type::Delete:
+        if (!drain_flights(j)) return false;
+        write_back_.cut(j->ino, j->pos);
+        write_back_.take_error(j->ino);
+        step_chunks(j);
+        break;
+      case Job::Type::Truncate:
         step_chunks(j);
         break;
       case Job::Type::NsDelete:
@@ -352,7 +413,26 @@ bool Reactor::step(Job* j) {
         step_scan(j);
         break;
       case Job::Type::Fsync:
-        j->generated = issue(j, Request::Op::Flush, file_key(j->ino, 0), 0, 0, nullptr);
+      case Job::Type::Land:
+        if (!j->drained) {
+          j->drained = true;
+          write_back_.await_inode(j->ino, j);
+          if (j->type == Job::Type::Fsync) j->err = write_back_.take_error(j->ino);
+          if (j->flushes != 0) return false;
+        }
+        if (j->type == Job::Type::Land) {
+          j->generated = true;
+        } else if (j->err == 0) {
+          j->generated = issue(j, Request::Op::Flush, file_key(j->ino, 0), 0, 0, nullptr);
+        }
+        break;
+      case Job::Type::Sync:
+        if (!j->drained) {
+          j->drained = true;
+          write_back_.await_all(j);
+          if (j->flushes != 0) return false;
+        }
+        if (j->err == 0) j->generated = issue(j, j->last, ChunkKey{}, 0, 0, nullptr);
         break;
     }
   }
@@ -387,7 +467,7 @@ bool Reactor::step_jobs() {
       jobs_.pop_back();
       continue;
     }
-    if (j->held || j->asked) {
+    if (j->held || j->asked || j->flushes != 0) {
       ++i;
       continue;
     }

@@ -141,8 +141,8 @@ void FuseChannel::take(Slot* s) {
         return;
       break;
     case FUSE_FLUSH:
-      if (nothing_to_flush(in.nodeid)) return reply(s, 0, nullptr, 0);
-      break;
+      if (!plain(in.nodeid) || !inodes_->find(in.nodeid)) break;
+      return reply(s, int(reactor_->closed(in.nodeid)), nullptr, 0);
     case FUSE_GETXATTR:
       if (answer_xattr(s)) return;
       break;
@@ -199,11 +199,6 @@ bool FuseChannel::answer_xattr(Slot* s) {
   if (!i || !i->no_capability.load(std::memory_order_acquire)) return false;
   reply(s, -ENODATA, nullptr, 0);
   return true;
-}
-
-bool FuseChannel::nothing_to_flush(uint64_t ino) {
-  InodeRef i = plain(ino) ? inodes_->find(ino) : nullptr;
-  return i && i->written_ns.load(std::memory_order_acquire) == 0;
 }
 
 bool FuseChannel::only_plain_forgets(const Slot* s) {

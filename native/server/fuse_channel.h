@@ -57,7 +57,6 @@ class FuseChannel {
   void take(Slot* s);
   bool serve(Slot* s, uint8_t opcode, uint64_t off, uint32_t len);
   bool answer_xattr(Slot* s);
-  bool nothing_to_flush(uint64_t ino);
   bool only_plain_forgets(const Slot* s);
   void pass_on(Slot* s);
   void relay_answers();

@@ -19,14 +19,16 @@ struct Job;
 struct Inode {
   explicit Inode(uint64_t i, uint64_t s) : ino(i), size(s) {}
   const uint64_t ino;
-  std::atomic<uint64_t> size;           // bytes; changed by the reactor only, after creation
+  std::atomic<uint64_t> size;  // bytes; changed by the reactor only, after creation
+  // Bytes from here on may not be in the store yet; UINT64_MAX: all are. Set by the reactor before `size` grows.
+  std::atomic<uint64_t> unlanded{UINT64_MAX};
   std::atomic<uint64_t> written_ns{0};  // time of the last write, until somebody takes it; 0 = none since
   // The kernel may hold pages or attributes of it. Set before what it is given is looked up; a client's write that finds
   // it set has them dropped before it completes.
   std::atomic<bool> cached{false};
   std::atomic<bool> no_capability{false};  // it has no security.capability, for which the kernel asks before each write
-  std::atomic<bool> grown{false};  // since a client's fsync last had the size stored
-  uint32_t refs = 0;               // under the table's mutex
+  std::atomic<bool> grown{false};          // since a client's fsync last had the size stored
+  uint32_t refs = 0;                       // under the table's mutex
 
   // The reactor's. Writes run side by side, a truncation alone, in order of arrival.
   uint32_t jobs = 0;     // writes and truncations begun or held back

@@ -104,6 +104,7 @@ using namespace kvfs;  // NOLINT: the C functions below
 struct kvfs_node {
   std::string data_path;
   StoreOptions store_opt;
+  uint64_t dirty_bytes = kDirtyBytes;
   InodeTable inodes;
   Namespaces namespaces;
   Upcalls upcalls;
@@ -138,7 +139,7 @@ void kvfs_node::run() {
   if (s.err != 0) return opened.set(s);
   Status end;
   {
-    Reactor r(uring.get(), dev.get(), st.get(), &inodes, &upcalls);
+    Reactor r(uring.get(), dev.get(), st.get(), &inodes, &upcalls, dirty_bytes);
     s = r.init();
     if (s.err == 0) {
       r.add_ring(&own.daemon);
@@ -180,7 +181,7 @@ int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, siz
   auto n = std::make_unique<kvfs_node>();
   n->data_path = cfg->data_path;
   n->store_opt.memory_bytes = cfg->memory_bytes;
-  if (cfg->dirty_bytes != 0) n->store_opt.dirty_bytes = cfg->dirty_bytes;
+  if (cfg->dirty_bytes != 0) n->dirty_bytes = cfg->dirty_bytes;
   n->store_opt.verify = cfg->verify != 0;
   n->store_opt.read_only = cfg->read_only != 0;
   if (cfg->high_watermark > 0) n->store_opt.high_watermark = cfg->high_watermark;
@@ -359,7 +360,10 @@ int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
   if (!i) return -ENOENT;
   // The time first: a write that finishes between the two is seen again next time, never lost.
   *written_ns = i->written_ns.exchange(0, std::memory_order_acq_rel);
+  // The size before the mark: bytes that came in between are below a mark that is seen.
   *size = i->size.load(std::memory_order_acquire);
+  const uint64_t unlanded = i->unlanded.load(std::memory_order_acquire);
+  if (unlanded < *size) *size = unlanded;
   return 0;
 }
 
@@ -432,8 +436,10 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   auto box = std::make_shared<Box<std::pair<StoreStats, ReactorStats>>>();
   Reactor* r = n->reactor;
   auto rings = std::make_shared<size_t>(0);
-  r->post([r, box, rings] {
+  auto dirty = std::make_shared<uint64_t>(0);
+  r->post([r, box, rings, dirty] {
     *rings = r->ring_count();
+    *dirty = r->write_back().dirty_bytes();
     box->set({r->store()->stats(), r->stats()});
   });
   auto [s, rs] = box->get();
@@ -465,7 +471,6 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   COPY(checkpoints);
   COPY(flushes);
   COPY(moves);
-  COPY(dirty_bytes);
   COPY(bytes_read);
   COPY(bytes_written);
 #undef COPY
@@ -475,6 +480,7 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   out->sleeps = rs.sleeps;
   out->turns = rs.turns;
   out->rings = *rings;
+  out->dirty_bytes = *dirty;
   if (n->control) {
     ControlStats& c = n->control->stats();
     out->sessions = c.sessions;

@@ -8,6 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "../store/check.h"
@@ -46,8 +47,13 @@ uint64_t monotonic_ns() {
   return uint64_t(ts.tv_sec) * 1000000000u + uint64_t(ts.tv_nsec);
 }
 
-Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls)
-    : uring_(uring), dev_(dev), store_(store), inodes_(inodes), upcalls_(upcalls) {}
+Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls, uint64_t dirty_bytes)
+    : uring_(uring),
+      dev_(dev),
+      store_(store),
+      inodes_(inodes),
+      upcalls_(upcalls),
+      write_back_(store, dirty_bytes, {this, landed, moved}) {}
 
 Reactor::~Reactor() {
   KVFS_CHECK(rings_.empty() && jobs_.empty() && ops_live_ == 0);
@@ -111,10 +117,14 @@ void Reactor::run() {
     if (fuse_ != nullptr) fuse_->pump();
     job_ready_ = false;
     if (step_jobs()) job_ready_ = true;  // a step may also let an earlier job go on
-    store_->tick(monotonic_ns());
+    const bool stopping = stop_.load(std::memory_order_relaxed);
+    if (stopping) write_back_.kick_all();
+    const uint64_t now = monotonic_ns();
+    write_back_.tick(now);
+    store_->tick(now);
     publish();
     run_closing();
-    if (stop_.load(std::memory_order_relaxed) && ops_live_ == 0 && jobs_.empty() && closing_.empty()) return;
+    if (stopping && ops_live_ == 0 && jobs_.empty() && closing_.empty() && write_back_.empty()) return;
     if (work_waiting()) continue;
     bool io = dev_ != nullptr && dev_->inflight() > 0;
     // With I/O in flight the kernel wakes us; without, a short look around often saves a sleep and a wake.
@@ -125,7 +135,7 @@ void Reactor::run() {
 }
 
 bool Reactor::work_waiting() {
-  if (has_posted_.load(std::memory_order_acquire) || job_ready_ || store_->busy()) return true;
+  if (has_posted_.load(std::memory_order_acquire) || job_ready_ || store_->busy() || write_back_.busy()) return true;
   if (fuse_ != nullptr && fuse_->ready() && ops_live_ < kMaxOps) return true;
   for (Ring* r : rings_) {
     if (!r->closing && r->q.can_take() && ops_live_ < kMaxOps) return true;
@@ -136,7 +146,7 @@ bool Reactor::work_waiting() {
 // Spins only while spinning pays: a spin that found work earns credit, one that did not costs more. Without credit one
 // idle round in 64 tries again.
 bool Reactor::spin() {
-  if (rings_.empty() || store_->deadline_ns() <= monotonic_ns()) return false;
+  if (rings_.empty() || std::min(store_->deadline_ns(), write_back_.deadline_ns()) <= monotonic_ns()) return false;
   ++idle_rounds_;
   // A little always: a client that has just been answered is often back before we could fall asleep.
   uint64_t end = monotonic_ns() + (spin_credit_ > 0 || (idle_rounds_ & 63) == 0 ? kSpinNs : kShortSpinNs);
@@ -166,7 +176,7 @@ void Reactor::sleep() {
   }
   uint64_t timeout = 0;
   if (!work_waiting()) {
-    uint64_t deadline = store_->deadline_ns(), now = monotonic_ns();
+    uint64_t deadline = std::min(store_->deadline_ns(), write_back_.deadline_ns()), now = monotonic_ns();
     timeout = deadline == UINT64_MAX ? UINT64_MAX : deadline > now ? deadline - now : 0;
     if (!closing_.empty() && timeout > 1000000) timeout = 1000000;
     // A full CQ is emptied without a wake from the client: look again soon while SQEs wait behind one.
@@ -259,8 +269,6 @@ void Reactor::dispatch(Ring* r, const kvfs_sqe& s) {
       case KVFS_OP_PUT:
       case KVFS_OP_EXISTS:
       case KVFS_OP_EVICT:
-      case KVFS_OP_SYNC:
-      case KVFS_OP_CHECKPOINT:
         err = start_block(r, s);
         break;
       default:
@@ -308,13 +316,10 @@ int Reactor::resolve_mem(Ring* r, const kvfs_sqe& s, uint64_t len, Iov** iov, Me
 
 int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
   NsHandle ns;
-  ChunkKey key;
-  if (s.opcode <= KVFS_OP_EVICT) {
-    int err = resolve_ns(r, s, &ns);
-    if (err != 0) return err;
-    if (ns.rdonly && (s.opcode == KVFS_OP_PUT || s.opcode == KVFS_OP_EVICT)) return -EACCES;
-    key = block_key(ns.ns_id, s);
-  }
+  int err = resolve_ns(r, s, &ns);
+  if (err != 0) return err;
+  if (ns.rdonly && (s.opcode == KVFS_OP_PUT || s.opcode == KVFS_OP_EVICT)) return -EACCES;
+  const ChunkKey key = block_key(ns.ns_id, s);
   if (s.opcode == KVFS_OP_EXISTS) {
     ChunkInfo info;
     finish(r, s.user_data, store_->lookup(key, &info));
@@ -325,7 +330,7 @@ int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
   MemRef mem;
   if (op_has_iov(s.opcode)) {
     if (len > KVFS_VALUE_MAX) len = KVFS_VALUE_MAX;  // no value is longer
-    int err = resolve_mem(r, s, len, &iov, &mem);
+    err = resolve_mem(r, s, len, &iov, &mem);
     if (err != 0) return err;
   }
   if (s.opcode == KVFS_OP_GET && (s.off >= KVFS_VALUE_MAX || len == 0)) {
@@ -353,16 +358,8 @@ int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
       q.op = Request::Op::Put;
       if (ns.evictable) q.flags |= Request::kEvictable;
       break;
-    case KVFS_OP_EVICT:
+    default:  // KVFS_OP_EVICT
       q.op = Request::Op::Delete;
-      q.len = 0;
-      break;
-    case KVFS_OP_SYNC:
-      q.op = Request::Op::Sync;
-      q.len = 0;
-      break;
-    default:
-      q.op = Request::Op::Checkpoint;
       q.len = 0;
       break;
   }
@@ -407,6 +404,7 @@ Op* Reactor::new_op() {
   op->reactor = this;
   op->iov = nullptr;
   op->job = nullptr;
+  op->dirty = nullptr;
   return op;
 }
 
@@ -452,6 +450,19 @@ void Reactor::close_ring(Ring* r, std::function<void()> done) {
     done();
     return true;
   });
+}
+
+void Reactor::landed(void* self, Job* j, int64_t err) {
+  auto* r = static_cast<Reactor*>(self);
+  KVFS_CHECK(j->flushes != 0);
+  --j->flushes;
+  r->job_ready_ = true;
+  if (err != 0 && j->err == 0 && (j->type == Job::Type::Fsync || j->type == Job::Type::Sync)) j->err = err;
+}
+
+void Reactor::moved(void* self, uint64_t ino) {
+  auto* r = static_cast<Reactor*>(self);
+  if (InodeRef i = r->inodes_->find(ino)) i->unlanded.store(r->write_back_.first_held(ino), std::memory_order_release);
 }
 
 void Reactor::close_fuse(std::function<void()> done) {

@@ -17,6 +17,7 @@
 #include "../store/uring_device.h"
 #include "inode_table.h"
 #include "namespaces.h"
+#include "write_back.h"
 
 namespace kvfs {
 
@@ -26,6 +27,7 @@ constexpr unsigned kMaxNs = 1024;      // namespace handles per session
 constexpr unsigned kMaxFiles = 4096;   // file handles per session
 constexpr unsigned kMaxOps = 1 << 16;  // store requests under way, all rings together
 constexpr uint64_t kFixedMax = 1u << 30;
+constexpr uint64_t kDirtyBytes = 128u << 20;  // of files: acknowledged, not in the store
 
 struct Iov {
   char* base = nullptr;
@@ -83,6 +85,7 @@ struct Op {
   Ring* ring = nullptr;
   Iov* iov = nullptr;
   Job* job = nullptr;
+  DirtyChunk* dirty = nullptr;  // pinned: its pages go over what was read
   uint64_t user_data = 0;
   Op* next = nullptr;
 };
@@ -90,7 +93,7 @@ struct Op {
 // An operation that needs many store requests or many steps: file ranges, deletes, scans. At most kJobWidth requests
 // under way at once.
 struct Job {
-  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan, Fsync };
+  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan, Fsync, Land, Sync };
   Type type = Type::Read;
   uint8_t flags = 0;
   Kind kind = Kind::File;
@@ -105,6 +108,9 @@ struct Job {
   uint32_t ns = 0;
   uint32_t pending = 0;
   bool generated = false;
+  uint32_t flushes = 0;                   // of dirty pages, that it waits for
+  bool drained = false;                   // has waited for them
+  Request::Op last = Request::Op::Flush;  // Sync: what follows the flushes
   // Writes and truncations, which take turns on the inode: see enter().
   bool is_write = false;  // whatever phase it is in
   bool alone = false;     // a truncation, or a write that clears: has the inode to itself
@@ -125,7 +131,8 @@ constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and tu
 class Reactor {
  public:
   // Everything given must outlive the Reactor. dev may be null (stores without a device, in tests).
-  Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls);
+  Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls,
+          uint64_t dirty_bytes = kDirtyBytes);
   ~Reactor();
   Status init();
 
@@ -151,7 +158,13 @@ class Reactor {
   void answered(uint64_t upcall, int err);
   void end_upcalls();  // those under way count as answered, and no more are made
   void set_evictable(uint32_t ns_id, bool on);
+  // A descriptor of the inode was closed: what was written goes to the store soon. The first error of what could not go.
+  int64_t closed(uint64_t ino) {
+    write_back_.kick(ino);
+    return write_back_.take_error(ino);
+  }
   const ReactorStats& stats() const { return stats_; }
+  const WriteBack& write_back() const { return write_back_; }
   Store* store() { return store_; }
   size_t ring_count() const { return rings_.size(); }
 
@@ -179,7 +192,13 @@ class Reactor {
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
   void step_scan(Job* j);
-  bool issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem);
+  bool issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem,
+             DirtyChunk* dirty = nullptr);
+  bool read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem, uint32_t* holes);
+  bool write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem);
+  bool drain_flights(Job* j);
+  static void landed(void* self, Job* j, int64_t err);
+  static void moved(void* self, uint64_t ino);
   static void op_done(Request* req);
   void piece_done(Op* op);
   bool step_jobs();
@@ -199,6 +218,7 @@ class Reactor {
   Store* store_;
   InodeTable* inodes_;
   Upcalls* upcalls_;
+  WriteBack write_back_;
   FuseChannel* fuse_ = nullptr;
   struct Asked {
     InodeRef inode;

@@ -23,7 +23,7 @@ inline bool op_has_iov(uint8_t op) {
 // `s` is the daemon's private copy. 0 or -errno.
 inline int check_sqe(const kvfs_sqe& s, bool inproc) {
   if (s.opcode > KVFS_OP_SCAN) {
-    if (s.opcode < KVFS_OP_INODE_READ || s.opcode > KVFS_OP_NS_DELETE) return -EOPNOTSUPP;
+    if (s.opcode < KVFS_OP_INODE_READ || s.opcode > KVFS_OP_INODE_LAND) return -EOPNOTSUPP;
     if (!inproc) return -EPERM;
   }
   if (s.flags & ~(KVFS_SQE_DURABLE | KVFS_SQE_FUSE | KVFS_SQE_NOTOUCH)) return -EINVAL;

@@ -41,6 +41,12 @@ uint64_t StoreImpl::high_mark() const {
   return keep < capacity / 2 ? std::min(mark, capacity - keep) : mark;
 }
 
+uint64_t StoreImpl::room() const {
+  if (opt_.read_only || failed_) return 0;
+  const uint64_t keep = uint64_t{reserve_segments(kMaxPieces)} + 2, free = alloc_->free_segments();
+  return free > keep ? (free - keep) * geo_.stride() : 0;
+}
+
 bool StoreImpl::can_evict() const { return !evictor_.empty() && barren_ <= 8 * uint64_t{index_.capacity()} + 4096; }
 
 // Below the watermarks nothing has to wait: blocks go before the space is needed, and their slots come back with a barrier

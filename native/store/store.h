@@ -35,13 +35,12 @@ using RequestDone = void (*)(Request*);
 
 struct Request {
   enum class Op : uint8_t {
-    Get,        // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
-    Put,        // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
-    Write,      // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion; buffered
-                // in the write-back cache unless Durable. result = len
+    Get,    // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
+    Put,    // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
+    Write,  // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion. result = len
     Truncate,   // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
     Delete,     // 0 or -ENOENT
-    Flush,      // file chunks of inode key.id[0..8): write-back + journal + barrier. 0
+    Flush,      // file chunks of inode key.id[0..8): journal + barrier. 0
     Sync,       // everything acknowledged so far. 0
     Checkpoint  // 0
   };
@@ -76,7 +75,6 @@ struct FormatOptions {
 
 struct StoreOptions {
   uint64_t memory_bytes = 64u << 20;  // DRAM tier of hot pages, and 0.9 % more for its bookkeeping (0 = off)
-  uint64_t dirty_bytes = 64u << 20;   // bound of the write-back cache
   bool verify = true;                 // check XXH3 on every device read
   double high_watermark = 0.95;       // fraction of data space where eviction of cache blocks starts
   double low_watermark = 0.92;
@@ -97,7 +95,6 @@ struct StoreStats {
   uint64_t space_waits;                                                 // puts and writes that found no slot at once
   uint64_t mem_hits, mem_bytes;                                         // DRAM tier
   uint64_t journal_groups, journal_bytes, checkpoints, flushes, moves;  // moves: chunks relocated by defragmentation
-  uint64_t dirty_bytes;                                                 // write-back cache
   uint64_t bytes_read, bytes_written;                                   // of users
 };
 
@@ -118,14 +115,14 @@ class Store {
   virtual Status close() = 0;
 
   virtual void submit(Request* r) = 0;
-  // Runs group commit, write-back, eviction, checkpoint steps. Call once per reactor turn, after dev.poll.
+  // Runs group commit, eviction, checkpoint steps. Call once per reactor turn, after dev.poll.
   virtual void tick(uint64_t now_ns) = 0;
   // When tick must run next even if nothing happens (CLOCK_MONOTONIC ns), UINT64_MAX = never.
   virtual uint64_t deadline_ns() const = 0;
   // True if tick() has work that does not wait for I/O.
   virtual bool busy() const = 0;
 
-  // Synchronous, memory only. Length in bytes or -ENOENT. Sees write-back contents.
+  // Synchronous, memory only. Length in bytes or -ENOENT.
   virtual int64_t lookup(const ChunkKey& key, ChunkInfo* info) = 0;
   // Loads what coming lookups and Gets of these keys will touch into the CPU's caches: index entries, and the first page
   // where the DRAM tier has it. The misses of up to kPrefetch keys overlap. A hint: nothing changes.
@@ -137,6 +134,8 @@ class Store {
   virtual bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
                     const std::function<bool(const ChunkInfo&)>& fn) = 0;
   virtual StoreStats stats() const = 0;
+  // Bytes that writes surely find, whatever their sizes; 0 when read-only.
+  virtual uint64_t room() const = 0;
 };
 
 }  // namespace kvfs

@@ -102,6 +102,7 @@ class StoreImpl final : public Store {
   bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
             const std::function<bool(const ChunkInfo&)>& fn) override;
   StoreStats stats() const override;
+  uint64_t room() const override;
 
  private:
   friend struct ReadOp;

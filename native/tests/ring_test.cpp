@@ -157,7 +157,7 @@ TEST(Ring, SqeChecks) {
   EXPECT_EQ(check_sqe(s, true), 0);
   s.opcode = KVFS_OP_INODE_READ;
   EXPECT_EQ(check_sqe(s, false), -EPERM);
-  s.opcode = 41;
+  s.opcode = KVFS_OP_INODE_LAND + 1;
   EXPECT_EQ(check_sqe(s, true), -EOPNOTSUPP);
 }
 

@@ -46,9 +46,9 @@ TEST_F(ServerTest, InodeAgainstModel) {
   std::string model;
   ASSERT_EQ(kvfs_node_inode_open(node_, 7, 0), 0);
   std::vector<char> buf(400000);
-  for (int step = 0; step < 600; ++step) {
-    uint64_t off = rng() % 600000;
-    uint32_t len = uint32_t(rng() % (step % 3 == 0 ? 300000 : 5000));
+  for (int step = 0; step < 4000; ++step) {
+    uint64_t off = rng() % (step % 4 == 0 ? 20000 : 600000);
+    uint32_t len = uint32_t(rng() % (step % 3 == 0 ? 300000 : step % 3 == 1 ? 5000 : 50));
     switch (rng() % 4) {
       case 0:
       case 1: {
@@ -80,6 +80,7 @@ TEST_F(ServerTest, InodeAgainstModel) {
     ASSERT_EQ(kvfs_node_inode_size(node_, 7), int64_t(model.size()));
   }
   uint64_t size = 0, written_ns = 0;
+  ASSERT_EQ(inode(KVFS_OP_INODE_LAND, 7, 0), 0);
   ASSERT_EQ(kvfs_node_inode_take(node_, 7, &size, &written_ns), 0);
   EXPECT_EQ(size, model.size());
   EXPECT_NE(written_ns, 0u);
@@ -110,6 +111,7 @@ TEST_F(ServerTest, HugeSparseFile) {
   ASSERT_EQ(inode(KVFS_OP_INODE_READ, 8, 1u << 20, hole.data(), uint32_t(hole.size())), int64_t(hole.size()));
   ASSERT_EQ(hole.find_first_not_of('\0'), std::string::npos);
   ASSERT_EQ(inode(KVFS_OP_INODE_TRUNCATE, 8, 10), 0);
+  ASSERT_EQ(inode(KVFS_OP_INODE_LAND, 8, 0), 0);
   EXPECT_EQ(stats().file_chunks, 1u);
   char y[20] = {};
   ASSERT_EQ(inode(KVFS_OP_INODE_READ, 8, 0, y, 20), 10);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import subprocess
@@ -80,6 +81,21 @@ class Mounted:
         assert self.process is not None
         self.process.kill()
         self.process.wait(STOP_S)
+        self.wait_dead()
+
+    def wait_dead(self) -> None:
+        """The kernel ends the connection of a killed daemon a moment after the process; calls until then wait for it."""
+        end = time.monotonic() + STOP_S
+        while time.monotonic() < end:
+            try:
+                os.statvfs(self.root)  # never answered from a cache
+            except OSError as error:
+                if error.errno == errno.ENOTCONN:
+                    return
+                assert error.errno == errno.ECONNABORTED
+            else:
+                return  # unmounted
+        raise AssertionError("the dead mount does not answer")
 
     def clean(self) -> None:
         try:

@@ -545,6 +545,17 @@ class Tree:
         op.bytes += size - inode.size
         inode.size = size
 
+    def grow(self, ino: int, size: int) -> None:
+        """The size becomes `size` if it was less; the times stay, as those of a write that was counted before."""
+
+        def body(op: Op) -> None:
+            inode = op.inode(ino)
+            if size > inode.size:
+                self._resize(op, inode, size)
+                op.dirty[inode.ino] = inode
+
+        self._change(body)
+
     def wrote(self, ino: int, end: int) -> Inode:
         """Data was written up to `end`: the size grows to it if it was less; mtime and ctime become now."""
 

@@ -83,13 +83,18 @@ class OpenFiles:
 
     async def _let_go(self, file: OpenFile) -> None:
         """Nobody has it open here. A client's handle may hold it; none can come that does not."""
+        self._lingering[file.ino] = file
+        if not file.orphan:
+            await self.data.land(file.ino)
+        if self._lingering.get(file.ino) is not file:
+            return  # opened again meanwhile, or gone
         if self.data.inode_refs(file.ino) > 1:
-            self._lingering[file.ino] = file
             self.persist(file)
             return
-        self._lingering.pop(file.ino, None)
+        del self._lingering[file.ino]
         try:
-            self.persist(file)
+            if not file.orphan:
+                self.persist(file)
         finally:
             size = self.data.inode_size(file.ino)
             self.data.inode_close(file.ino)
@@ -118,17 +123,22 @@ class OpenFiles:
         return inode
 
     def persist(self, file: OpenFile) -> None:
-        """Brings size and times in the tree up to date; a process crash after it loses neither."""
+        """Brings size and times in the tree up to date; a process crash after it loses neither.
+
+        The size only as far as the bytes are in the store (`DataPlane.land`), so that no crash leaves zeros for them.
+        """
         if file.resizing:
             return
         now = self.data.inode_take(file.ino)
         file.written_ns = now.written_ns or file.written_ns
-        if not file.written_ns and now.size <= file.stored_size:
-            return
-        when = file.written_ns or self.tree.clock()
-        self.tree.setattr(file.ino, size=now.size if now.size > file.stored_size else None, mtime=when)
-        file.stored_size = max(now.size, file.stored_size)
-        file.written_ns = 0
+        grown = now.size > file.stored_size
+        if file.written_ns:
+            self.tree.setattr(file.ino, size=now.size if grown else None, mtime=file.written_ns)
+            file.written_ns = 0
+        elif grown:  # the time was stored before
+            self.tree.grow(file.ino, now.size)
+        if grown:
+            file.stored_size = now.size
 
     async def resize(self, inode: Inode, size: int) -> None:
         """Sets the size: the tree first (it notes what must go), then the data, then the note is removed."""
@@ -258,7 +268,12 @@ class OpenFiles:
                 finally:
                     self.data.inode_close(ino)
 
-    def persist_all(self) -> None:
+    async def settle(self) -> None:
+        """Before the end: every byte written is in the store, then every size in the tree."""
+        try:
+            await self.data.sync()
+        except OSError:
+            log.exception("not everything that was written could be stored")
         for file in [*self._open.values(), *self._lingering.values()]:
             try:
                 self.persist(file)

@@ -62,7 +62,8 @@ def prepare(point: Path) -> None:
         point.mkdir(parents=True, exist_ok=True)
         entries = os.listdir(point)
     except OSError as error:
-        if error.errno == errno.ENOTCONN or (error.errno == errno.EEXIST and is_mounted(point)):
+        # ECONNABORTED: asked while the kernel was still ending the dead daemon's connection.
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) or (error.errno == errno.EEXIST and is_mounted(point)):
             log.warning("a mount whose daemon is gone is removed", mount=str(point))
             unmount(point)
             if is_mounted(point):
@@ -153,8 +154,8 @@ async def serve(
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
-        files.persist_all()
         with trio.CancelScope(shield=True):
+            await files.settle()
             await trio.to_thread.run_sync(unmount, point)
         pyfuse3.close(unmount=False)
         if direct:
