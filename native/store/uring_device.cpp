@@ -155,22 +155,28 @@ void Uring::remove_poll(int handle) {
   const uint32_t idx = static_cast<uint32_t>(handle) & (kPolls - 1), gen = static_cast<uint32_t>(handle) >> kPollBits;
   KVFS_CHECK(handle >= 0 && idx < polls_.size() && polls_[idx].live && polls_[idx].gen == gen);
   Poll& p = polls_[idx];
-  if (p.armed) {
-    // Without room for the request the kernel's poll stays until the ring goes; its events are dropped by generation.
-    if (io_uring_sqe* s = sqe(); s != nullptr) {
-      io_uring_prep_poll_remove(s, static_cast<uint64_t>(gen) << 32 | static_cast<uint64_t>(idx) << 2 | kTagPoll);
-      s->user_data = kTagNone;
-    }
-  }
+  if (p.armed) end_poll(static_cast<uint64_t>(gen) << 32 | static_cast<uint64_t>(idx) << 2 | kTagPoll);
   p.live = p.armed = false;
   p.gen = (p.gen + 1) & kGenMask;
   free_polls_.push_back(idx);
 }
 
+// Without room for the request the kernel's poll stays until its next event or the ring's end.
+void Uring::end_poll(uint64_t user_data) {
+  if (io_uring_sqe* s = sqe(); s != nullptr) {
+    io_uring_prep_poll_remove(s, user_data);
+    s->user_data = kTagNone;
+  }
+}
+
 void Uring::on_poll(uint64_t user_data, int32_t res, uint32_t flags) {
   const auto idx = static_cast<uint32_t>(user_data) >> 2, gen = static_cast<uint32_t>(user_data >> 32);
   Poll& p = polls_[idx];
-  if (!p.live || p.gen != gen) return;
+  if (!p.live || p.gen != gen) {
+    // A poll with an event on its way is not removed: the kernel would keep it, and the file, for ever.
+    if ((flags & IORING_CQE_F_MORE) != 0) end_poll(user_data);
+    return;
+  }
   if ((flags & IORING_CQE_F_MORE) == 0) {
     p.armed = false;
     if (res >= 0) rearm_.push_back(idx);  // an error would only come again

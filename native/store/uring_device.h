@@ -81,6 +81,7 @@ class Uring {
   void pump();
   void finish(Op* op, int32_t result);
   void on_op(Op* op, int32_t res);
+  void end_poll(uint64_t user_data);
   void on_poll(uint64_t user_data, int32_t res, uint32_t flags);
   unsigned reap();
 
