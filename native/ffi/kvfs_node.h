@@ -1,5 +1,6 @@
 /* kvfs_node.h owns the C interface between the Python daemon and the native node (reactor + control server).
- * All calls are thread-safe unless stated; none holds a lock while it waits for I/O except kvfs_node_call.
+ * All calls are thread-safe unless stated; none holds a lock while it waits for I/O except
+ * kvfs_node_call, kvfs_node_fuse_start and kvfs_node_fuse_stop.
  * Results: >= 0 or -errno; text for people goes to `err` (NUL-terminated, may be NULL). */
 #ifndef KVFS_NODE_H
 #define KVFS_NODE_H

@@ -21,6 +21,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kSlotData = FuseChannel::kMaxIo + kPage;     // names and lists may follow a head too
 constexpr size_t kAnswer = FuseChannel::kMaxIo + 16 * kPage;  // the longest answer of the daemon
 constexpr size_t kSocketOverhead = 32 + sizeof(fuse_in_header) + sizeof(fuse_write_in) + kPage;
+constexpr size_t kLongestName = 64 << 10;  // of what follows a head and is no data: values of extended attributes
 constexpr char kCapability[] = "security.capability";
 
 bool plain(uint64_t nodeid) { return (nodeid & KVFS_VIEW_INO) == 0; }
@@ -46,8 +47,8 @@ Status FuseChannel::init() {
   unblock(daemon_);
   int room = 0;
   socklen_t length = sizeof room;
-  if (getsockopt(daemon_, SOL_SOCKET, SO_SNDBUF, &room, &length) != 0 || room <= int(2 * kSocketOverhead))
-    return {errno, "the mount's socket has no buffer"};
+  if (getsockopt(daemon_, SOL_SOCKET, SO_SNDBUF, &room, &length) != 0) return {errno, "the mount's socket is none"};
+  if (room < int(kLongestName + kSocketOverhead)) return {ENOBUFS, "the mount's socket has too little room"};
   message_max_ = std::bit_floor(std::min(kMaxIo, uint32_t(room) - uint32_t(kSocketOverhead)));
   memory_bytes_ = kSlots * kSlotData;
   void* memory =

@@ -2,6 +2,7 @@
 // and file servers, and the daemon's own two rings.
 #include "../ffi/kvfs_node.h"
 
+#include <fcntl.h>
 #include <linux/fuse.h>
 #include <linux/futex.h>
 #include <sys/eventfd.h>
@@ -117,6 +118,7 @@ struct kvfs_node {
   std::unique_ptr<ControlServer> control;
   std::unique_ptr<FileServer> files;
   Uring* ring = nullptr;  // the reactor's
+  std::mutex fuse_mu;     // over the whole of a start or a stop
   std::unique_ptr<FuseChannel> fuse;
   std::mutex notify_mu;
   std::shared_ptr<SharedFd> notify;  // /dev/fuse, for invalidations
@@ -375,7 +377,8 @@ int kvfs_node_inode_no_capability(kvfs_node* n, uint64_t ino, int on) {
 }
 
 int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t err_len) {
-  auto notify = std::make_shared<SharedFd>(dup(kernel));
+  std::lock_guard<std::mutex> one(n->fuse_mu);
+  auto notify = std::make_shared<SharedFd>(fcntl(kernel, F_DUPFD_CLOEXEC, 0));
   auto made = std::make_unique<FuseChannel>(kernel, daemon, n->reactor, n->ring, &n->inodes, &n->upcalls);
   if (notify->fd < 0) return fail({errno, "no descriptor for the mount's notifications"}, err, err_len);
   if (n->fuse) return fail({EBUSY, "this node serves a mount already"}, err, err_len);
@@ -394,6 +397,7 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
 }
 
 int kvfs_node_fuse_stop(kvfs_node* n) {
+  std::lock_guard<std::mutex> one(n->fuse_mu);
   if (!n->fuse) return -ENOENT;
   {
     std::lock_guard<std::mutex> g(n->notify_mu);
