@@ -59,7 +59,9 @@ def mount(point: Path, options: Iterable[str]) -> int:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise MountError(f"mounting at {point} failed: {said[-1] if said else 'fusermount3 gave no reason'}.")
         try:
-            _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(array.array("i", [0]).itemsize))
+            _, ancillary, _, _ = ours.recvmsg(
+                1, socket.CMSG_SPACE(array.array("i", [0]).itemsize), socket.MSG_CMSG_CLOEXEC
+            )
         except OSError as error:
             raise MountError(f"mounting at {point} failed: no descriptor came ({error}).") from error
     for level, kind, data in ancillary:
@@ -86,7 +88,11 @@ class Channel:
     @classmethod
     def open(cls, node: Node, kernel: int) -> Channel:
         """`kernel` is /dev/fuse as `mount` gives it; it is the node's from now on."""
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(kernel)
+            raise
         _widen(near)
         _widen(far)
         try:

@@ -108,7 +108,8 @@ class OpenFiles:
     def set_no_capability(self, file: OpenFile, on: bool) -> None:
         if file.no_capability != on:
             file.no_capability = on
-            self.data.inode_no_capability(file.ino, on)
+            with contextlib.suppress(FileNotFoundError):  # a client's handle held it, and is gone
+                self.data.inode_no_capability(file.ino, on)
 
     def overlay(self, inode: Inode) -> Inode:
         """The record with what only memory knows, for the kernel."""

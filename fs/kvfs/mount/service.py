@@ -155,10 +155,11 @@ async def serve(
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await files.settle()
-            await trio.to_thread.run_sync(unmount, point)
-        pyfuse3.close(unmount=False)
-        if direct:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(direct.close)
+            try:
+                await trio.to_thread.run_sync(unmount, point)
+                pyfuse3.close(unmount=False)
+                if direct:
+                    await trio.to_thread.run_sync(direct.close)
+            finally:
+                await files.settle()  # the node has answered writes until here
         log.info("unmounted", mount=str(point))
