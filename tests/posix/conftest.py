@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mount_process import Mounted
+from mount_process import Mounted, mounting
 
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Mounted]:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("no /dev/fuse here")
-    mounted = Mounted(tmp_path)
-    try:
-        mounted.start()
+    with mounting(tmp_path) as mounted:
         yield mounted
-    finally:
-        mounted.clean()

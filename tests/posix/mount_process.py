@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -36,8 +36,13 @@ def fails(code: int) -> AbstractContextManager[object]:
 class Mounted:
     """`root` is the mount; `stop`, `kill` and `start` are for tests of what survives."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str] | None = None, wrapper: Sequence[str] = ()
+    ) -> None:
+        """The daemon runs with `environment` added to ours, as argument of the program `wrapper`."""
         self.directory = directory
+        self.environment = environment or {}
+        self.wrapper = wrapper
         self.root = directory / "mnt"
         self.data = directory / "data"
         self.log = directory / "log"
@@ -54,10 +59,11 @@ class Mounted:
         assert self.process.poll() is None, self.log.read_text()
 
     def _start(self) -> bool:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        search = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": search, **self.environment}
         with self.log.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, str(DAEMON), str(self.data), str(self.root)],
+                [*self.wrapper, sys.executable, str(DAEMON), str(self.data), str(self.root)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
@@ -110,3 +116,18 @@ class Mounted:
             service.unmount(self.root)
             if self.process is not None and self.process.stdout is not None:
                 self.process.stdout.close()
+
+
+@contextmanager
+def mounting(
+    directory: Path, environment: Mapping[str, str] | None = None, wrapper: Sequence[str] = ()
+) -> Generator[Mounted]:
+    """Gone afterwards whatever happened. Skips the test where there is no FUSE."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse here")
+    mounted = Mounted(directory, environment, wrapper)
+    try:
+        mounted.start()
+        yield mounted
+    finally:
+        mounted.clean()

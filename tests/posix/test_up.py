@@ -76,3 +76,40 @@ def test_replay_verifies_and_counts_hits(directory: Path, tmp_path: Path) -> Non
     assert report["wrong"] == report["refused"] == report["vanished"] == 0
     trace.write_text("not json\n")
     assert b"line 1" in kvfs("replay", *where, str(trace), code=1)
+
+
+@pytest.mark.parametrize("native", ["true", "false"])
+def test_ends_when_someone_else_unmounts(directory: Path, native: str) -> None:
+    """With and without the node in the mount; what was written before is stored."""
+    where = ("--dir", str(directory))
+    environment = {**os.environ, "KVFS_FUSE_NATIVE": native}
+    data = os.urandom(300_000)
+    up = subprocess.Popen(
+        [sys.executable, "-m", "kvfs", "up", *where, "--size", "128M"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not service.is_mounted(directory / "mnt") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        file = directory / "mnt/file"
+        file.write_bytes(data)
+        kvfs("put", *where, "me/cache", "0a", "-", data=data)
+        seen = directory / "mnt/.kvfs/blocks/me/cache/0a/0a"
+        assert seen.read_bytes() == file.read_bytes() == data
+        subprocess.run(["fusermount3", "-u", str(directory / "mnt")], check=True, timeout=20)
+        _, said = up.communicate(timeout=30)
+        assert up.returncode == 0, said
+        assert b"Traceback" not in said
+    finally:
+        if up.poll() is None:
+            up.kill()
+        up.wait()
+        assert up.stderr is not None
+        up.stderr.close()
+    assert b"no kvfs runs" in kvfs("status", *where, code=1)
+    kvfs("up", *where, "--detach")
+    assert file.read_bytes() == data
+    assert seen.read_bytes() == data
