@@ -26,9 +26,11 @@ std::string bytes(const T& v) {
 }
 
 inline std::string noise(size_t n, unsigned seed = 1) {
-  std::mt19937 random(seed);
-  std::string s(n, '\0');
-  for (char& c : s) c = char(random());
+  std::mt19937_64 random(seed);
+  std::string s;
+  s.reserve(n + 8);
+  while (s.size() < n) s += bytes(random());
+  s.resize(n);
   return s;
 }
 
