@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -38,6 +39,7 @@ FuseChannel::~FuseChannel() {
   KVFS_CHECK(idle());
   stop();
   if (memory_ != nullptr) munmap(memory_, memory_bytes_);
+  if (epoll_ >= 0) close(epoll_);
   close(kernel_);
   close(daemon_);
 }
@@ -62,7 +64,14 @@ Status FuseChannel::init() {
     slots_[i].next = free_;
     free_ = &slots_[i];
   }
-  kernel_poll_ = uring_->add_poll(kernel_, on_kernel, this);
+  // io_uring watches an epoll: a watch of its own would keep the mount's connection after its last descriptor is closed,
+  // by a kill too, until the ring's end, which comes some time after the process's.
+  epoll_ = epoll_create1(EPOLL_CLOEXEC);
+  epoll_event events{};
+  events.events = EPOLLIN;
+  if (epoll_ < 0 || epoll_ctl(epoll_, EPOLL_CTL_ADD, kernel_, &events) != 0)
+    return {errno, "the mount cannot be watched"};
+  kernel_poll_ = uring_->add_poll(epoll_, on_kernel, this);
   daemon_poll_ = uring_->add_poll(daemon_, on_daemon, this);
   if (kernel_poll_ < 0 || daemon_poll_ < 0) {
     stop();

@@ -83,6 +83,7 @@ class FuseChannel {
   Slot* blocked_ = nullptr;  // the daemon's socket is full; nothing is read meanwhile
   uint32_t message_max_ = 0;
   uint64_t init_unique_ = 0;
+  int epoll_ = -1;  // of kernel_
   int kernel_poll_ = -1, daemon_poll_ = -1, room_poll_ = -1;
   bool kernel_ready_ = true, daemon_ready_ = false;
   bool gone_ = false, stopped_ = false;

@@ -62,7 +62,6 @@ def prepare(point: Path) -> None:
         point.mkdir(parents=True, exist_ok=True)
         entries = os.listdir(point)
     except OSError as error:
-        # ECONNABORTED: asked while the kernel was still ending the dead daemon's connection.
         if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) or (error.errno == errno.EEXIST and is_mounted(point)):
             log.warning("a mount whose daemon is gone is removed", mount=str(point))
             unmount(point)
