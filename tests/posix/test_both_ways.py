@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from daemon import PYFUSE3_ALONE
-from mount_process import Mounted, mounting
+from mount_process import Mounted, fails, mounting
 from test_ring_coherence import RingClient
 
 pytestmark = pytest.mark.timeout(60)
@@ -188,6 +188,19 @@ def test_a_user_whose_sockets_have_little_room(tmp_path: Path) -> None:
         assert block.read_bytes() == data
         os.setxattr(path, "user.long", data[:60000])
         assert os.getxattr(path, "user.long") == data[:60000]
+
+
+def test_a_kill_ends_the_mount_with_the_process(served: Mounted) -> None:
+    """Nothing of the node's outlives it and keeps requests waiting."""
+    for _ in range(5):
+        fd = os.open(served.root / "f", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"x")
+        served.kill()
+        with fails(errno.ENOTCONN):
+            os.write(fd, b"y")
+        with fails(errno.ENOTCONN):
+            os.close(fd)
+        served.start()
 
 
 def test_locks_are_the_kernels(served: Mounted) -> None:
