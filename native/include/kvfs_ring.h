@@ -40,7 +40,7 @@ enum kvfs_opcode {
   KVFS_OP_INODE_SCAN = 37,   /* every file chunk in the store, as kvfs_scan_entry (fsck, recovery) */
   KVFS_OP_SYNC = 38,         /* everything acknowledged so far becomes durable */
   KVFS_OP_CHECKPOINT = 39,
-  KVFS_OP_NS_DELETE = 40, /* drop every block of namespace id `handle` */
+  KVFS_OP_NS_DELETE = 40,  /* drop every block of namespace id `handle` */
   KVFS_OP_INODE_LAND = 41, /* what was written to the inode so far is in the store, though perhaps not durable */
 };
 /* The in-process ring uses GET/PUT/EXISTS/EVICT/SCAN with handle = namespace id (u32), no registration needed. */

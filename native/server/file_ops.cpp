@@ -107,6 +107,7 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
       j->mem = static_cast<char*>(mem.ptr);
       j->off = j->pos = s.off;
       j->end = s.off + s.len;
+      j->lender = lender_;
       jobs_.push_back(j);
       enter(j);
       break;
@@ -268,6 +269,12 @@ bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char
 bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem) {
   const bool whole = len == kFileChunk && j->ring->session != nullptr;
   DirtyChunk* dirty = write_back_.find(j->ino, index);
+  if (j->lender != nullptr && dirty == nullptr && len == kFileChunk && uintptr_t(mem) % kDirtyPage == 0 &&
+      write_back_.safe()) {
+    write_back_.adopt(j->ino, index, mem, j->lender, monotonic_ns());
+    j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
+    return true;
+  }
   if ((j->flags & Request::kDurable) == 0 && !whole && (dirty != nullptr || write_back_.safe())) {
     switch (write_back_.take(j->ino, index, in, len, mem, monotonic_ns())) {
       case WriteBack::Taken::Yes:

@@ -61,6 +61,8 @@ Status FuseChannel::init() {
   slots_ = std::make_unique<Slot[]>(kSlots);
   for (unsigned i = 0; i < kSlots; ++i) {
     slots_[i].data = memory_ + i * kSlotData;
+    slots_[i].channel = this;
+    slots_[i].lender.returned = loan_over;
     slots_[i].next = free_;
     free_ = &slots_[i];
   }
@@ -87,6 +89,9 @@ void FuseChannel::stop() {
     *handle = -1;
   }
   if (blocked_ != nullptr) release(std::exchange(blocked_, nullptr));
+  for (Ahead& a : aheads_) {
+    if (a.slot != nullptr && a.waiter == nullptr) drop(&a);
+  }
 }
 
 void FuseChannel::on_kernel(void* self, uint32_t) { static_cast<FuseChannel*>(self)->kernel_ready_ = true; }
@@ -113,7 +118,7 @@ void FuseChannel::pump() {
 
 void FuseChannel::read_requests() {
   for (unsigned i = 0; i < kBudget && free_ != nullptr && blocked_ == nullptr && !gone_; ++i) {
-    Slot* s = free_;
+    Slot* s = free_;  // taken only when there is a request
     iovec parts[2] = {{&s->head, sizeof s->head}, {s->data, kSlotData}};
     const ssize_t n = readv(kernel_, parts, 2);
     if (n < 0 && (errno == EINTR || errno == ENOENT)) continue;  // ENOENT: the request was given up meanwhile
@@ -122,9 +127,7 @@ void FuseChannel::read_requests() {
       return;
     }
     if (n <= 0) return kernel_gone();
-    free_ = s->next;
-    ++used_;
-    s->length = size_t(n);
+    new_slot()->length = size_t(n);
     take(s);
   }
 }
@@ -143,7 +146,7 @@ void FuseChannel::take(Slot* s) {
   const size_t body = s->length - sizeof in;
   switch (in.opcode) {
     case FUSE_READ:
-      if (body == sizeof(fuse_read_in) && serve(s, KVFS_OP_INODE_READ, s->head.read.offset, s->head.read.size)) return;
+      if (body == sizeof(fuse_read_in) && read(s)) return;
       break;
     case FUSE_WRITE:
       if (body >= sizeof(fuse_write_in) && body - sizeof(fuse_write_in) == s->head.write.size &&
@@ -175,23 +178,30 @@ void FuseChannel::take(Slot* s) {
 
 // False: the daemon must do it.
 bool FuseChannel::serve(Slot* s, uint8_t opcode, uint64_t off, uint32_t len) {
-  if (!plain(s->head.in.nodeid) || len > kMaxIo || !inodes_->find(s->head.in.nodeid)) return false;
+  const uint64_t ino = s->head.in.nodeid;
+  if (!plain(ino) || len > kMaxIo || !inodes_->find(ino)) return false;
+  const bool stream = opcode == KVFS_OP_INODE_READ && len >= kStreamIo;  // it would only push others out of memory
+  send(s, opcode, KVFS_SQE_FUSE | (stream ? KVFS_SQE_NOTOUCH : 0), ino, off, len);
+  return true;
+}
+
+void FuseChannel::send(Slot* s, uint8_t opcode, uint8_t flags, uint64_t ino, uint64_t off, uint32_t len) {
   kvfs_sqe q{};
   q.opcode = opcode;
-  q.flags = KVFS_SQE_FUSE;
+  q.flags = flags;
   q.iov = KVFS_IOV_INPROC;
   q.iov_off = uint64_t(reinterpret_cast<uintptr_t>(s->data));
   q.off = off;
   q.len = len;
   q.user_data = uint64_t(s - slots_.get());
-  memcpy(q.key, &s->head.in.nodeid, sizeof s->head.in.nodeid);
-  reactor_->take(&ring_, q);
-  return true;
+  memcpy(q.key, &ino, sizeof ino);
+  reactor_->take(&ring_, q, lent_ < kMaxLent ? &s->lender : nullptr);
 }
 
 void FuseChannel::done(uint64_t slot, int64_t result) {
   KVFS_CHECK(slot < kSlots);
   Slot* s = &slots_[slot];
+  if (s->ahead != nullptr) return ahead_done(s->ahead, result);
   if (result < 0) return reply(s, int(result), nullptr, 0);
   if (s->head.in.opcode == FUSE_READ) return reply(s, 0, s->data, size_t(result));
   fuse_write_out out{};
@@ -291,7 +301,24 @@ void FuseChannel::reply(Slot* s, int error, const void* body, size_t bytes) {
   out.unique = s->head.in.unique;
   iovec parts[2] = {{&out, sizeof out}, {const_cast<void*>(body), bytes}};
   (void)!writev(kernel_, parts, bytes == 0 ? 1 : 2);  // ENOENT: nobody waits for it any more
-  release(s);
+  s->answered = true;
+  if (s->lender.loans == 0) return release(s);
+  ++lent_;
+}
+
+void FuseChannel::loan_over(Lender* l) {
+  auto* s = reinterpret_cast<Slot*>(l);
+  if (!s->answered) return;
+  --s->channel->lent_;
+  s->channel->release(s);
+}
+
+FuseChannel::Slot* FuseChannel::new_slot() {
+  Slot* s = free_;
+  free_ = s->next;
+  ++used_;
+  s->answered = false;
+  return s;
 }
 
 void FuseChannel::release(Slot* s) {

@@ -5,6 +5,7 @@
 
 #include <linux/fuse.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 
@@ -14,9 +15,14 @@ namespace kvfs {
 
 class FuseChannel {
  public:
-  static constexpr unsigned kSlots = 64;       // requests read and neither answered nor passed on
-  static constexpr uint32_t kMaxIo = 1 << 20;  // bytes of one read or write
-  static constexpr unsigned kBudget = 16;      // requests, and answers of the daemon, per turn
+  static constexpr unsigned kSlots = 64;             // requests read and neither answered nor passed on
+  static constexpr uint32_t kMaxIo = 1 << 20;        // bytes of one read or write
+  static constexpr unsigned kBudget = 16;            // requests, and answers of the daemon, per turn
+  static constexpr unsigned kMaxLent = kSlots / 2;   // whose memory is on loan to the write-back cache
+  static constexpr unsigned kAheads = kSlots / 4;    // reads made before they are asked for
+  static constexpr unsigned kStreams = 16;           // readers whose order is watched
+  static constexpr unsigned kAheadDepth = 2;         // of one reader
+  static constexpr uint32_t kStreamIo = 128u << 10;  // bytes from which a request belongs to a stream
 
   // `kernel` is /dev/fuse after the mount, `daemon` the near end of a socketpair of SOCK_SEQPACKET; both are closed with
   // the channel. They are made non-blocking.
@@ -36,7 +42,12 @@ class FuseChannel {
 
  private:
   // A request as the kernel gave it. What follows the head of a write begins at `data`, which is aligned for direct I/O.
+  struct Ahead;
   struct Slot {
+    Lender lender;  // first: it stands for the slot
+    FuseChannel* channel = nullptr;
+    bool answered = false;
+    Ahead* ahead = nullptr;  // it is a read of ours
     struct {
       fuse_in_header in;
       union {
@@ -51,11 +62,37 @@ class FuseChannel {
     size_t length = 0;
     Slot* next = nullptr;
   };
+  // A read made before the kernel asks for it. It is as good as a new one while the inode's `changes` stay.
+  struct Ahead {
+    Slot* slot = nullptr;  // null: unused
+    InodeRef inode;
+    uint64_t off = 0, changes = 0, since = 0;
+    uint32_t len = 0;
+    bool ready = false, dropped = false;
+    int64_t result = 0;
+    Slot* waiter = nullptr;  // the request that it is for, if that came first
+  };
+  struct Stream {
+    uint64_t ino = 0, fh = 0, next = 0, since = 0;
+  };
   static_assert(sizeof(Slot::head) == sizeof(fuse_in_header) + sizeof(fuse_write_in));
 
   void read_requests();
   void take(Slot* s);
   bool serve(Slot* s, uint8_t opcode, uint64_t off, uint32_t len);
+  void send(Slot* s, uint8_t opcode, uint8_t flags, uint64_t ino, uint64_t off, uint32_t len);
+  bool read(Slot* s);
+  bool from_ahead(Slot* s);
+  void follow(uint64_t ino, uint64_t fh, uint64_t off, uint32_t len);
+  void read_ahead(const InodeRef& inode, uint64_t off, uint32_t len);
+  Ahead* find_ahead(uint64_t ino, uint64_t off);
+  Ahead* new_ahead();
+  void ahead_done(Ahead* a, int64_t result);
+  void give(Ahead* a, Slot* s);
+  void drop(Ahead* a);
+  void end(Ahead* a);
+  Slot* new_slot();
+  static void loan_over(Lender* l);
   bool answer_xattr(Slot* s);
   bool only_plain_forgets(const Slot* s);
   void pass_on(Slot* s);
@@ -79,7 +116,10 @@ class FuseChannel {
   std::unique_ptr<char[]> answer_;
   std::unique_ptr<Slot[]> slots_;
   Slot* free_ = nullptr;
-  unsigned used_ = 0;
+  unsigned used_ = 0, lent_ = 0;
+  std::array<Ahead, kAheads> aheads_;
+  std::array<Stream, kStreams> streams_;
+  uint64_t clock_ = 0;       // for `since`
   Slot* blocked_ = nullptr;  // the daemon's socket is full; nothing is read meanwhile
   uint32_t message_max_ = 0;
   uint64_t init_unique_ = 0;

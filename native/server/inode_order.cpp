@@ -30,6 +30,7 @@ uint64_t now_ns() {
 void Reactor::enter(Job* j) {
   Inode* i = j->inode.get();
   if (!j->clearing) ++i->jobs;
+  ++i->changes;
   if (!i->held.empty() || !fits(*i, j)) {
     j->held = true;
     i->held.push_back(j);
@@ -40,6 +41,7 @@ void Reactor::enter(Job* j) {
 
 void Reactor::leave(Job* j) {
   Inode* i = j->inode.get();
+  ++i->changes;
   j->in_turn = false;
   if (j->alone) {
     i->exclusive = false;

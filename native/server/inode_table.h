@@ -30,6 +30,8 @@ struct Inode {
   std::atomic<bool> grown{false};          // since a client's fsync last had the size stored
   uint32_t refs = 0;                       // under the table's mutex
 
+  // Counts the beginnings and ends of writes and truncations: what was read at another count may be out of date.
+  uint64_t changes = 0;
   // The reactor's. Writes run side by side, a truncation alone, in order of arrival.
   uint32_t jobs = 0;     // writes and truncations begun or held back
   uint32_t writers = 0;  // begun

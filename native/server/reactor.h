@@ -104,6 +104,7 @@ struct Job {
   uint64_t ino = 0;
   uint64_t off = 0, pos = 0, end = 0;  // bytes of the file
   char* mem = nullptr;
+  Lender* lender = nullptr;  // of `mem`
   uint64_t cursor = 0;
   uint32_t ns = 0;
   uint32_t pending = 0;
@@ -150,8 +151,13 @@ class Reactor {
   void close_ring(Ring* r, std::function<void()> done);
   void close_iov(Iov* v, std::function<void()> done);
   void close_session(Session* s, std::function<void()> done);
-  // Takes an operation of `r` that did not come through its queues; ends in FuseChannel::done.
-  void take(Ring* r, const kvfs_sqe& s) { dispatch(r, s); }
+  // Takes an operation of `r` that did not come through its queues; ends in FuseChannel::done. The memory of a write may
+  // be kept on loan after that.
+  void take(Ring* r, const kvfs_sqe& s, Lender* lender) {
+    lender_ = lender;
+    dispatch(r, s);
+    lender_ = nullptr;
+  }
   void set_fuse(FuseChannel* f) { fuse_ = f; }
   void close_fuse(std::function<void()> done);
   void close_file(InodeRef inode);  // one reference of the table, once writes under way have ended
@@ -220,6 +226,7 @@ class Reactor {
   Upcalls* upcalls_;
   WriteBack write_back_;
   FuseChannel* fuse_ = nullptr;
+  Lender* lender_ = nullptr;  // of the operation that is being dispatched
   struct Asked {
     InodeRef inode;
     Job* job = nullptr;  // an fsync; null: the inode's drop

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "../store/check.h"
 #include "reactor.h"
@@ -93,6 +94,7 @@ WriteBack::Taken WriteBack::take(uint64_t ino, uint64_t index, uint32_t off, uin
                                  uint64_t now_ns) {
   KVFS_CHECK(len != 0 && off + len <= kFileChunk);
   DirtyChunk* c = find(ino, index);
+  if (c != nullptr && c->lender != nullptr) return Taken::Gap;
   uint64_t fresh = 0;
   const bool joins = each_page(off, len, [&](uint32_t k, uint32_t a, uint32_t b) {
     const DirtyPage* p = c != nullptr ? &c->pages[k] : nullptr;
@@ -132,6 +134,17 @@ WriteBack::Taken WriteBack::take(uint64_t ino, uint64_t index, uint32_t off, uin
   return Taken::Yes;
 }
 
+void WriteBack::adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender, uint64_t now_ns) {
+  DirtyChunk* c = make(ino, index, now_ns);
+  KVFS_CHECK(c->held == 0 && !c->flushing && !c->queued);
+  for (uint32_t k = 0; k < kChunkPages; ++k) c->pages[k] = {mem + k * kDirtyPage, 0, kDirtyPage, true};
+  c->held = c->dirty = kChunkPages;
+  pages_lent_ += kChunkPages;
+  c->lender = lender;
+  ++lender->loans;
+  queue(c);
+}
+
 bool WriteBack::covers(const DirtyChunk& c, uint32_t off, uint32_t len) {
   return each_page(off, len, [&](uint32_t k, uint32_t a, uint32_t b) {
     const DirtyPage& p = c.pages[k];
@@ -152,16 +165,21 @@ void WriteBack::overlay(const DirtyChunk& c, uint32_t off, uint32_t len, char* d
 void WriteBack::unpin(DirtyChunk* c) {
   KVFS_CHECK(c->readers != 0);
   --c->readers;
+  if (c->readers == 0 && !c->flushing) {  // who waits for the pages to go
+    std::vector<Job*> told;
+    told.swap(c->now);
+    for (Job* j : told) listener_.landed(listener_.owner, j, 0);
+  }
   settle(c);
 }
 
 // ---- waiting
 
 void WriteBack::await_chunk(DirtyChunk* c, Job* j) {
-  if (c->dirty == 0 && !c->flushing) return;
+  if (c->dirty == 0 && !c->flushing && c->readers == 0) return;
   ++j->flushes;
   (c->dirty != 0 ? c->next : c->now).push_back(j);
-  if (!c->flushing) queue(c);
+  if (!c->flushing && c->dirty != 0) queue(c);
 }
 
 void WriteBack::await_inode(uint64_t ino, Job* j) {
@@ -262,8 +280,12 @@ void WriteBack::start(DirtyChunk* c) {
   }
   if (one) {
     const uint32_t off = first * kDirtyPage + c->pages[first].from, end = last * kDirtyPage + c->pages[last].to;
+    if (c->lender != nullptr) {
+      set_out(c);
+      return send(f, off, end, c->pages[first].mem + c->pages[first].from);
+    }
     gather(c, f->buffer, off, end);
-    return send(f, off, end);
+    return send(f, off, end, f->buffer);
   }
   memset(f->buffer, 0, kFileChunk);
   Request& q = f->req;
@@ -287,26 +309,32 @@ void WriteBack::on_base(Request* r) {
   }
   f->owner->gather(c, f->buffer, 0, end);
   if (r->result < 0 && r->result != -ENOENT) return f->owner->over(f, r->result);
-  f->owner->send(f, 0, end);
+  f->owner->send(f, 0, end, f->buffer);
 }
 
 void WriteBack::gather(DirtyChunk* c, char* buffer, uint32_t off, uint32_t end) {
   overlay(*c, off, end - off, buffer);
+  set_out(c);
+}
+
+// What is dirty is on its way from here on.
+void WriteBack::set_out(DirtyChunk* c) {
   for (DirtyPage& p : c->pages) p.dirty = false;
   c->dirty = 0;
   c->now.insert(c->now.end(), c->next.begin(), c->next.end());
   c->next.clear();
 }
 
-void WriteBack::send(Flush* f, uint32_t off, uint32_t end) {
+void WriteBack::send(Flush* f, uint32_t off, uint32_t end, char* src) {
   Request& q = f->req;
   const ChunkKey key = key_of(*f->chunk);
   q = Request{};
   q.op = Request::Op::Write;
+  if (end - off == kFileChunk) q.flags = Request::kNoTouch;  // a stream: it would only push others out of memory
   q.key = key;
   q.off = off;
   q.len = end - off;
-  q.mem.ptr = f->buffer;
+  q.mem.ptr = src;
   q.done = on_written;
   q.owner = f;
   store_->submit(&q);
@@ -381,10 +409,14 @@ void WriteBack::cut(uint64_t ino, uint64_t size) {
 void WriteBack::drop_page(DirtyChunk* c, uint32_t k) {
   DirtyPage& p = c->pages[k];
   if (p.dirty) --c->dirty;
-  free_pages_.push_back(p.mem);
+  if (c->lender == nullptr) {
+    free_pages_.push_back(p.mem);
+    --pages_used_;
+  } else {
+    --pages_lent_;
+  }
   p = DirtyPage{};
   --c->held;
-  --pages_used_;
 }
 
 // Drops what nobody needs any more: pages that the store has, then the chunk.
@@ -398,7 +430,9 @@ void WriteBack::settle(DirtyChunk* c) {
     told.swap(room_);
     for (Job* j : told) listener_.landed(listener_.owner, j, 0);
   }
-  if (c->held != 0 || c->queued) return;
+  if (c->held != 0) return;
+  if (Lender* l = std::exchange(c->lender, nullptr); l != nullptr && --l->loans == 0) l->returned(l);
+  if (c->queued) return;
   KVFS_CHECK(c->next.empty() && c->now.empty());
   unlink(c);
   --chunks_;

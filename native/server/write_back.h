@@ -20,6 +20,12 @@ struct Job;
 constexpr uint32_t kDirtyPage = 4096;
 constexpr uint32_t kChunkPages = kFileChunk / kDirtyPage;
 
+// Memory of a request that may stay dirty pages after the request is answered.
+struct Lender {
+  uint32_t loans = 0;
+  void (*returned)(Lender* self) = nullptr;  // the last loan is over
+};
+
 struct DirtyPage {
   char* mem = nullptr;
   uint16_t from = 0, to = 0;  // bytes that are held
@@ -30,6 +36,7 @@ struct DirtyChunk {
   uint64_t ino = 0, index = 0;
   DirtyPage pages[kChunkPages];
   uint32_t held = 0, dirty = 0;  // pages
+  Lender* lender = nullptr;      // whose memory all pages are: they go to the store from there
   uint32_t readers = 0;          // store reads under way over which pages will be laid
   bool flushing = false;         // on its way to the store
   bool queued = false;           // in WriteBack::queue_
@@ -58,6 +65,9 @@ class WriteBack {
   // Takes bytes [off, off + len) of a chunk. NoRoom: try again after a flush. Gap: bytes between these and those of the
   // same page are not known here, so that the chunk must go first.
   Taken take(uint64_t ino, uint64_t index, uint32_t off, uint32_t len, const char* src, uint64_t now_ns);
+  // Takes a whole chunk without a copy: `mem`, aligned for the device, is the lender's and stays as it is until its loan is
+  // over. Nothing is held of the chunk.
+  void adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender, uint64_t now_ns);
   // Whether the store has space for one more chunk beside those that wait.
   bool safe() const;
 
@@ -91,7 +101,7 @@ class WriteBack {
   uint64_t deadline_ns() const;
   bool busy() const { return !queue_.empty() && !buffers_.empty(); }
   bool empty() const { return inodes_.empty(); }
-  uint64_t dirty_bytes() const { return pages_used_ * kDirtyPage; }
+  uint64_t dirty_bytes() const { return (pages_used_ + pages_lent_) * kDirtyPage; }
   uint64_t lost() const { return lost_; }
 
  private:
@@ -106,8 +116,9 @@ class WriteBack {
   DirtyChunk* make(uint64_t ino, uint64_t index, uint64_t now_ns);
   void queue(DirtyChunk* c);
   void start(DirtyChunk* c);
-  void send(Flush* f, uint32_t off, uint32_t end);
+  void send(Flush* f, uint32_t off, uint32_t end, char* src);
   void gather(DirtyChunk* c, char* buffer, uint32_t off, uint32_t end);
+  void set_out(DirtyChunk* c);
   static void on_base(Request* r);
   static void on_written(Request* r);
   void over(Flush* f, int64_t result);
@@ -119,7 +130,7 @@ class WriteBack {
   Store* store_;
   const Listener listener_;
   char* memory_ = nullptr;  // pages, then flush buffers
-  uint64_t memory_bytes_ = 0, page_limit_ = 0, pages_made_ = 0, pages_used_ = 0, chunks_ = 0;
+  uint64_t memory_bytes_ = 0, page_limit_ = 0, pages_made_ = 0, pages_used_ = 0, pages_lent_ = 0, chunks_ = 0;
   std::vector<char*> free_pages_;
   std::unique_ptr<Flush[]> flushes_;
   std::vector<Flush*> buffers_;  // idle ones

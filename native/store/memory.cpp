@@ -104,7 +104,7 @@ void StoreImpl::keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8
 
 // The bytes of a put or write that is being published.
 void StoreImpl::keep_written(const WriteOp* op, const Piece* p, uint32_t id) {
-  if (!tier_.on()) return;
+  if (!tier_.on() || (op->r && (op->r->flags & Request::kNoTouch))) return;
   if (op->total > kKeepAtOnce) {
     tier_.asked_before(id);
     return;
