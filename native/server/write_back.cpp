@@ -75,7 +75,11 @@ DirtyChunk* WriteBack::find(uint64_t ino, uint64_t index) const {
 
 uint64_t WriteBack::first_held(uint64_t ino) const {
   const auto i = inodes_.find(ino);
-  return i == inodes_.end() ? UINT64_MAX : i->second.begin()->first * kFileChunk;
+  if (i == inodes_.end()) return UINT64_MAX;
+  for (const auto& [index, c] : i->second) {
+    if (c->dirty != 0 || c->flushing) return index * kFileChunk;  // others are only kept for a reader
+  }
+  return UINT64_MAX;
 }
 
 DirtyChunk* WriteBack::make(uint64_t ino, uint64_t index, uint64_t now_ns) {
@@ -350,6 +354,7 @@ void WriteBack::over(Flush* f, int64_t result) {
   f->chunk = nullptr;
   buffers_.push_back(f);
   c->flushing = false;
+  listener_.moved(listener_.owner, c->ino);
   std::vector<Job*> told;
   told.swap(c->now);
   if (result < 0) {
@@ -404,6 +409,7 @@ void WriteBack::cut(uint64_t ino, uint64_t size) {
     }
     settle(c);
   }
+  listener_.moved(listener_.owner, ino);
 }
 
 void WriteBack::drop_page(DirtyChunk* c, uint32_t k) {
@@ -436,12 +442,9 @@ void WriteBack::settle(DirtyChunk* c) {
   KVFS_CHECK(c->next.empty() && c->now.empty());
   unlink(c);
   --chunks_;
-  const uint64_t ino = c->ino;
-  const auto i = inodes_.find(ino);
-  const bool first = i->second.begin()->second.get() == c;
+  const auto i = inodes_.find(c->ino);
   i->second.erase(c->index);
   if (i->second.empty()) inodes_.erase(i);
-  if (first) listener_.moved(listener_.owner, ino);
 }
 
 }  // namespace kvfs
