@@ -24,7 +24,8 @@ import trio
 from kvfs.config import Config
 from kvfs.dataplane import DataPlane
 from kvfs.meta import namespaces, schema
-from kvfs.meta.kv import StoreError
+from kvfs.meta.group import GroupStore
+from kvfs.meta.kv import Store, StoreError
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.mount import service
@@ -149,7 +150,7 @@ def _format_if_new(layout: Layout, config: Config) -> None:
 class Daemon:
     """One running node with its metadata and mount."""
 
-    def __init__(self, layout: Layout, config: Config, node: Node, store: SqliteStore) -> None:
+    def __init__(self, layout: Layout, config: Config, node: Node, store: Store) -> None:
         self.layout = layout
         self.config = config
         self.node = node
@@ -291,7 +292,7 @@ async def _opened(config: Config) -> AsyncGenerator[Daemon]:
         native = NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
         await _released(layout)
         async with Node.open(native) as node:
-            store = SqliteStore(layout.metadata)
+            store = GroupStore(SqliteStore(layout.metadata))
             try:
                 yield Daemon(layout, config, node, store)
             finally:

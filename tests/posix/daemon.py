@@ -13,6 +13,7 @@ import trio
 
 from kvfs.dataplane import DataPlane
 from kvfs.meta import namespaces
+from kvfs.meta.group import GroupStore
 from kvfs.meta.schema import Namespace
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
@@ -31,7 +32,7 @@ async def main(directory: Path, point: Path) -> None:
     data_file = directory / "store.kvfs"
     if not data_file.exists():
         format_store(data_file, SIZE, segment_bytes=16 << 20, journal_bytes=8 << 20)
-    store = SqliteStore(directory / "meta.db")
+    store = GroupStore(SqliteStore(directory / "meta.db"))
     tree = Tree(store)
     config = NodeConfig(data_file, socket=directory / "sock")
     async with Node.open(config) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:

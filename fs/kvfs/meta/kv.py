@@ -16,6 +16,7 @@ function may trust what it read, even if it gives up without committing.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from abc import ABC, abstractmethod
@@ -91,6 +92,10 @@ def prefix_end(prefix: bytes) -> bytes:
     return stem[:-1] + bytes((stem[-1] + 1,))
 
 
+def _nobody() -> None:
+    return None
+
+
 class Txn(ABC):
     """One transaction, used by one thread. Leaving its `with` block without `commit` discards it."""
 
@@ -110,7 +115,8 @@ class Txn(ABC):
 
     @abstractmethod
     def commit(self) -> None:
-        """Applies all writes or none. Once it has returned, a kill of this process loses nothing."""
+        """Applies all writes or none. Once it has returned, a kill of this process loses nothing, except in a store that
+        groups commits (`group`): there once `flush` has returned."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -145,12 +151,18 @@ class Watch(ABC):
 class Store(ABC):
     """An open store. `transact` may be called from several threads; each transaction stays in one."""
 
+    on_pending: Callable[[], None] = staticmethod(_nobody)
+    """Called by whoever commits when something begins to wait for `flush`, which somebody should call soon."""
+
     @abstractmethod
     def transact(self, *, read_only: bool = False) -> Txn:
         """`read_only` records no reads, so that long scans cost no memory; put and delete are refused."""
 
     @abstractmethod
     def watch(self, prefix: bytes) -> Watch: ...
+
+    def flush(self) -> None:  # noqa: B027 (an engine whose commits need no more has nothing to do)
+        """On return a kill of this process loses nothing committed so far."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -177,8 +189,8 @@ def run(store: Store, fn: Callable[[Txn], T], *, retries: int = DEFAULT_RETRIES)
     attempt = 0
     while True:
         with store.transact() as txn:
-            result = fn(txn)
             try:
+                result = fn(txn)
                 txn.commit()
             except Conflict:
                 if attempt >= retries:
@@ -191,5 +203,7 @@ def run(store: Store, fn: Callable[[Txn], T], *, retries: int = DEFAULT_RETRIES)
 
 def read(store: Store, fn: Callable[[Txn], T]) -> T:
     """Runs `fn` on one snapshot, for functions that only read."""
-    with store.transact(read_only=True) as txn:
-        return fn(txn)
+    for _ in range(DEFAULT_RETRIES):
+        with contextlib.suppress(Conflict), store.transact(read_only=True) as txn:
+            return fn(txn)
+    raise Conflict("others committed during each attempt to read")

@@ -56,7 +56,9 @@ def create(
         txn.put(key, schema.encode(made))
         return made
 
-    return run(store, body)
+    done = run(store, body)
+    store.flush()  # an id must not be given again when its blocks outlive a crash
+    return done
 
 
 def get(store: Store, tenant: str, name: str) -> Namespace | None:

@@ -65,24 +65,33 @@ class Op:
             raise FsError(errno.ENOENT)
         return found
 
-    def enter(self, parent: int, name: bytes, inode: Inode) -> None:
+    def _place(self, bucket: bytes, name: bytes) -> tuple[int, bool]:
+        """The sequence number of a name among those of its hash, and whether it is there."""
+        used: set[int] = set()
+        for key, value in self.txn.range(bucket, prefix_end(bucket), schema.LAST_SEQUENCE):
+            dentry = schema.unpack_dentry(key, value)
+            if dentry.name == name:
+                return dentry.sequence, True
+            used.add(dentry.sequence)
+        sequence = schema.FIRST_SEQUENCE
+        while sequence in used:
+            sequence += 1
+        return sequence, False
+
+    def vacancy(self, parent: int, name: bytes) -> int:
+        """The sequence number for `enter`; EEXIST when the name is taken."""
+        sequence, exists = self._place(schema.directory_key(parent) + schema.name_hash(self.name_key, name), name)
+        if exists:
+            raise FsError(errno.EEXIST)
+        return sequence
+
+    def enter(self, parent: int, name: bytes, inode: Inode, sequence: int = 0) -> None:
         """Sets the entry, new or not."""
         bucket = schema.directory_key(parent) + schema.name_hash(self.name_key, name)
-        key = bucket + name
-        used: set[int] = set()
-        sequence = 0
-        for other, value in self.txn.range(bucket, prefix_end(bucket), schema.LAST_SEQUENCE):
-            dentry = schema.unpack_dentry(other, value)
-            used.add(dentry.sequence)
-            if other == key:
-                sequence = dentry.sequence
-        if not sequence:
-            sequence = schema.FIRST_SEQUENCE
-            while sequence in used:
-                sequence += 1
-            if sequence > schema.LAST_SEQUENCE:
-                raise FsError(errno.ENOSPC)
-        self.txn.put(key, schema.pack_dentry(inode.ino, inode.mode >> 12, sequence))
+        sequence = sequence or self._place(bucket, name)[0]
+        if sequence > schema.LAST_SEQUENCE:
+            raise FsError(errno.ENOSPC)
+        self.txn.put(bucket + name, schema.pack_dentry(inode.ino, inode.mode >> 12, sequence))
 
     def remove_entry(self, dentry: Dentry) -> None:
         self.txn.delete(schema.directory_key(dentry.parent) + dentry.hash + dentry.name)

@@ -131,13 +131,16 @@ class Tree:
         return done
 
     def _look(self, fn: Callable[[Op], T]) -> T:
-        with self.store.transact(read_only=True) as txn:
+        def body(txn: Txn) -> T:
             try:
                 return fn(Op(txn, self.super.name_key, 0))
             except msgspec.MsgspecError as error:
                 raise FsError(errno.EIO, "damaged metadata record") from error
 
+        return read(self.store, body)
+
     def _new_ino(self) -> int:
+        """Never handed out twice, even when a crash takes back what was made with it: data may carry it already."""
         with self._ino_lock:
             if self._next_ino >= self._ino_limit:
 
@@ -146,8 +149,10 @@ class Tree:
                     txn.put(schema.ALLOC_KEY, schema.pack_u64(first + INO_BATCH))
                     return first
 
-                self._next_ino = run(self.store, take)
-                self._ino_limit = self._next_ino + INO_BATCH
+                first = run(self.store, take)
+                self.store.flush()
+                self._next_ino = first
+                self._ino_limit = first + INO_BATCH
             self._next_ino += 1
             return self._next_ino - 1
 
@@ -243,10 +248,11 @@ class Tree:
         if kind not in (stat.S_IFCHR, stat.S_IFBLK):
             rdev = 0
 
+        ino = 0
+
         def body(op: Op) -> Inode:
             directory = op.live_directory(parent)
-            if op.find(parent, name) is not None:
-                raise FsError(errno.EEXIST)
+            sequence = op.vacancy(parent, name)
             makes_dir = kind == stat.S_IFDIR
             if makes_dir and directory.nlink >= schema.MAX_NLINK:
                 raise FsError(errno.EMLINK)
@@ -257,12 +263,14 @@ class Tree:
                 if makes_dir:
                     bits |= stat.S_ISGID
             now = op.now
-            inode = Inode(self._new_ino(), kind | bits, 1, uid, group, len(target), rdev, now, now, now, target=target)
+            nonlocal ino
+            ino = ino or self._new_ino()  # kept when this is repeated
+            inode = Inode(ino, kind | bits, 1, uid, group, len(target), rdev, now, now, now, target=target)
             if makes_dir:
                 inode.nlink = 2
                 inode.parent = parent
                 directory.nlink += 1
-            op.enter(parent, name, inode)
+            op.enter(parent, name, inode, sequence)
             op.dirty[inode.ino] = inode
             op.changed(directory, modified=True)
             op.files += 1
@@ -291,8 +299,7 @@ class Tree:
         def body(op: Op) -> Inode:
             directory = op.live_directory(parent)
             inode = op.inode(ino)
-            if op.find(parent, name) is not None:
-                raise FsError(errno.EEXIST)
+            sequence = op.vacancy(parent, name)
             if is_dir(inode):
                 raise FsError(errno.EPERM)
             if inode.nlink == 0:
@@ -300,7 +307,7 @@ class Tree:
             if inode.nlink >= schema.MAX_NLINK:
                 raise FsError(errno.EMLINK)
             inode.nlink += 1
-            op.enter(parent, name, inode)
+            op.enter(parent, name, inode, sequence)
             op.changed(inode)
             op.changed(directory, modified=True)
             return inode
@@ -639,6 +646,10 @@ class Tree:
         return [key[len(start) :] for key, _ in op.txn.range(start, prefix_end(start), 10_000)]
 
     # -- durability
+
+    def flush(self) -> None:
+        """A kill of this process loses nothing done so far."""
+        self.store.flush()
 
     def sync(self) -> None:
         """Everything done so far survives power loss."""

@@ -1,5 +1,9 @@
 """Open regular files: their sizes and times in memory, written to the tree on close, fsync and once a second, and
-their data removed when the last name and the last opener are gone."""
+their data removed when the last name and the last opener are gone.
+
+The tree's changes reach the store in groups (`store_groups`). Data is removed only after the change that allows it has
+been stored: a crash in between must not bring back a name or a size without the data.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,11 @@ from .attrs import log
 PERSIST_S: Final = 1.0
 FILE_CHUNK: Final = 64 << 10
 """Bytes of a file in one chunk of the store (native: kFileChunk)."""
+STORE_S: Final = 0.02
+"""After a change of the tree, at most about this long until a kill of the daemon no longer loses it."""
 RECLAIM_QUEUE: Final = 1024
 """Removed files whose data waits to be dropped; beyond that an unlink waits."""
+RECLAIM_BATCH: Final = 128
 
 DROPPERS: Final = 8
 """Threads that wait for the kernel to forget pages."""
@@ -58,6 +65,8 @@ class OpenFiles:
         self._syncing = trio.Lock()
         self._synced = -1
         self._droppers = trio.CapacityLimiter(DROPPERS)
+        self._unstored = trio.Event()
+        tree.store.on_pending = lambda: self._unstored.set()
         self._send, self._receive = trio.open_memory_channel[tuple[int, int]](RECLAIM_QUEUE)
 
     def acquire(self, inode: Inode) -> OpenFile:
@@ -151,6 +160,8 @@ class OpenFiles:
             try:
                 self.tree.setattr(file.ino, size=size)
                 file.stored_size = size
+                if size < old:
+                    self.tree.flush()
                 await self.data.truncate(file.ino, size)
                 if size < old:
                     self.tree.trimmed(file.ino)
@@ -172,6 +183,7 @@ class OpenFiles:
             if self._synced >= wanted:
                 return
             flushed = self.tree.changes
+            self.tree.flush()
             await trio.to_thread.run_sync(self.tree.sync)
             self._synced = flushed
 
@@ -213,13 +225,34 @@ class OpenFiles:
                     except Exception:
                         log.exception("size not stored", ino=file.ino)
 
-    async def reclaim_removed(self) -> None:
-        async for ino, size in self._receive:
+    async def store_groups(self) -> None:
+        """Stores what has changed in the tree, soon after the first change."""
+        while True:
+            await self._unstored.wait()
+            await trio.sleep(STORE_S)
+            self._unstored = trio.Event()
             try:
-                await self.data.delete(ino, size)
-                self.tree.reclaim(ino)
+                self.tree.flush()
             except Exception:
-                log.exception("removed file's data not dropped; the next mount does it", ino=ino)
+                log.exception("changes not stored, will try again")
+                self._unstored.set()
+                await trio.sleep(PERSIST_S)
+
+    async def reclaim_removed(self) -> None:
+        async for first in self._receive:
+            batch = [first]
+            with contextlib.suppress(trio.WouldBlock):
+                while len(batch) < RECLAIM_BATCH:
+                    batch.append(self._receive.receive_nowait())
+            try:
+                self.tree.flush()
+                for ino, size in batch:
+                    await self.data.delete(ino, size)
+                    self.tree.reclaim(ino)
+            except Exception:
+                log.exception(
+                    "removed files' data not dropped; the next mount does it", first=first[0], files=len(batch)
+                )
 
     async def recover(self) -> None:
         """Finishes truncations and removals that a crash or an unmount interrupted. Before anything is served."""

@@ -140,6 +140,7 @@ async def serve(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(files.persist_periodically)
+            nursery.start_soon(files.store_groups)
             nursery.start_soon(files.reclaim_removed)
 
             async def announce() -> None:
