@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,16 @@ class DataPlane:
         if got > 0 and self._room:
             self._room.unpark(count=got)
 
-    async def _call(
+    async def _call(self, opcode: int, **more: Any) -> int:
+        """One operation (see `_submit`); the result as the ring gives it. `memory` stays valid until this returns."""
+        while len(self._ops) >= MAX_INFLIGHT:
+            await self._room.park()
+        op = self._submit(opcode, **more)
+        if len(self._ops) == 1:
+            self._reap(SPIN_NS)
+        return await self._result(op)
+
+    def _submit(
         self,
         opcode: int,
         *,
@@ -152,10 +161,7 @@ class DataPlane:
         length: int = 0,
         key: bytes = b"",
         key_len: int = 0,
-    ) -> int:
-        """One operation; the result as the ring gives it. `memory` stays valid until this returns."""
-        while len(self._ops) >= MAX_INFLIGHT:
-            await self._room.park()
+    ) -> _Op:
         op = _Op()
         number = self._next
         self._next += 1
@@ -166,8 +172,9 @@ class DataPlane:
         if taken != 1:
             del self._ops[number]
             raise OSError(errno.EAGAIN, "the data plane takes no operation")
-        if len(self._ops) == 1:
-            self._reap(SPIN_NS)
+        return op
+
+    async def _result(self, op: _Op) -> int:
         if op.result is None:
             op.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
@@ -251,6 +258,17 @@ class DataPlane:
         """Drops all bytes of the inode, which reach no further than `size`."""
         await self._inode(lib.KVFS_OP_INODE_DELETE, ino, size, "delete")
 
+    async def delete_many(self, files: Sequence[tuple[int, int]]) -> None:
+        """`delete` of each (inode, size), at once; the first error when all have ended."""
+        ops: list[_Op] = []
+        for ino, size in files:
+            while len(self._ops) >= MAX_INFLIGHT:
+                await self._room.park()
+            ops.append(self._submit(lib.KVFS_OP_INODE_DELETE, off=size, key=ino.to_bytes(8, "little")))
+        results = [await self._result(op) for op in ops]
+        for (ino, _), result in zip(files, results, strict=True):
+            check(result, f"delete inode {ino}")
+
     async def sync(self) -> None:
         """Everything acknowledged so far becomes durable."""
         check(await self._call(lib.KVFS_OP_SYNC), "sync")
@@ -283,6 +301,10 @@ class DataPlane:
     def inode_no_capability(self, ino: int, on: bool) -> None:
         """Whether it is known to have no security.capability, for which the kernel asks before each write."""
         check(lib.kvfs_node_inode_no_capability(self._node, ino, on), f"state of inode {ino}")
+
+    def inode_landed(self, ino: int) -> bool:
+        """Whether `land` has nothing to wait for."""
+        return check(lib.kvfs_node_inode_landed(self._node, ino), f"state of inode {ino}") == 1
 
     def inode_refs(self, ino: int) -> int:
         """Opens not yet closed, those of clients' file handles among them."""

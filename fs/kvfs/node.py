@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +150,13 @@ class Node:
         SOCK_SEQPACKET socketpair. Both descriptors are the node's from now on."""
         err = ffi.new("char[]", ERR_BYTES)
         _raise(lib.kvfs_node_fuse_start(self.handle, kernel, daemon, err, ERR_BYTES), err)
+
+    def fuse_direct(self, direct: int, opcodes: Iterable[int]) -> None:
+        """Requests with one of `opcodes` on the tree's inodes go to the socket `direct` instead, whose reader answers on
+        /dev/fuse itself. The descriptor is the node's from now on."""
+        result = lib.kvfs_node_fuse_direct(self.handle, direct, sum(1 << code for code in set(opcodes)))
+        if result < 0:
+            raise OSError(-result, "the node serves no mount")
 
     def fuse_stop(self) -> None:
         """Returns when every request under way has ended."""

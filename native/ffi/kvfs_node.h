@@ -91,6 +91,8 @@ int64_t kvfs_node_inode_size(kvfs_node* n, uint64_t ino); /* -ENOENT if not open
 /* What the kernel is to be given: from now on it may hold copies, which a client's write must drop (upcall). Size in
  * bytes; written_ns: time of the last write (ns since 1970) not yet taken with kvfs_node_inode_take, 0 = none. */
 int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
+/* 1: all that was written to it is in the store; 0: not yet. */
+int kvfs_node_inode_landed(kvfs_node* n, uint64_t ino);
 /* For whoever stores it: the time is taken, and the size is that of the bytes which are in the store. */
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
 /* There are no more of security.capability than the kernel was told. */
@@ -102,6 +104,9 @@ int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
  * descriptors are the node's from now on, whatever is returned. Inode numbers with KVFS_VIEW_INO are the daemon's alone. */
 #define KVFS_VIEW_INO 0x8000000000000000u
 int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t err_len);
+/* Requests on inodes without KVFS_VIEW_INO whose opcode is a bit of `opcodes` (1 << FUSE_LOOKUP, ...) go to `direct` instead,
+ * a socket like `daemon`, whose reader answers on /dev/fuse itself. Once per fuse_start. It is the node's from now on. */
+int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes);
 /* Ends it when all requests under way have ended. */
 int kvfs_node_fuse_stop(kvfs_node* n);
 /* The kernel forgets pages and attributes of `ino`. Waits for reads of it that are under way: never call it from the

@@ -42,6 +42,14 @@ FuseChannel::~FuseChannel() {
   if (epoll_ >= 0) close(epoll_);
   close(kernel_);
   close(daemon_);
+  if (direct_ >= 0) close(direct_);
+}
+
+void FuseChannel::set_direct(int direct, uint64_t opcodes) {
+  KVFS_CHECK(direct_ < 0);
+  unblock(direct);
+  direct_ = direct;
+  direct_opcodes_ = opcodes;
 }
 
 Status FuseChannel::init() {
@@ -239,18 +247,24 @@ bool FuseChannel::only_plain_forgets(const Slot* s) {
   return true;
 }
 
+int FuseChannel::receiver(const Slot* s) const {
+  const fuse_in_header& in = s->head.in;
+  return in.opcode < 64 && (direct_opcodes_ >> in.opcode & 1) != 0 && plain(in.nodeid) ? direct_ : daemon_;
+}
+
 void FuseChannel::pass_on(Slot* s) {
+  const int to = receiver(s);
   const size_t head = std::min(s->length, sizeof s->head);
   iovec parts[2] = {{&s->head, head}, {s->data, s->length - head}};
   msghdr m{};
   m.msg_iov = parts;
   m.msg_iovlen = parts[1].iov_len == 0 ? 1 : 2;
   ssize_t n;
-  do n = sendmsg(daemon_, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+  do n = sendmsg(to, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
   while (n < 0 && errno == EINTR);
   if (n < 0 && errno == EAGAIN) {
     blocked_ = s;
-    room_poll_ = uring_->add_poll(daemon_, on_room, this, POLLOUT);
+    room_poll_ = uring_->add_poll(to, on_room, this, POLLOUT);
     if (room_poll_ >= 0) return;
     blocked_ = nullptr;
     n = -1;

@@ -1,6 +1,7 @@
 // fuse_channel.h owns the mount's connection to the kernel. Requests are read here; reads and writes of open files are
 // served by the reactor at once, and everything else goes to the daemon's libfuse as whole messages over a socket, whose
-// answers come back the same way. So the daemon is a complete FUSE server that is asked less. Reactor thread only.
+// answers come back the same way. So the daemon is a complete FUSE server that is asked less. Some requests may be given to
+// a second socket, whose reader answers the kernel itself. Reactor thread only.
 #pragma once
 
 #include <linux/fuse.h>
@@ -31,6 +32,10 @@ class FuseChannel {
   FuseChannel(const FuseChannel&) = delete;
   FuseChannel& operator=(const FuseChannel&) = delete;
   Status init();
+
+  // Requests on the tree's inodes whose opcode is a bit of `opcodes` go to `direct` instead of the daemon's libfuse. It is
+  // closed with the channel.
+  void set_direct(int direct, uint64_t opcodes);
 
   void pump();         // once per turn
   bool ready() const;  // pump() has something to do
@@ -95,6 +100,7 @@ class FuseChannel {
   static void loan_over(Lender* l);
   bool answer_xattr(Slot* s);
   bool only_plain_forgets(const Slot* s);
+  int receiver(const Slot* s) const;
   void pass_on(Slot* s);
   void relay_answers();
   void patch_init(char* answer, size_t length);
@@ -106,6 +112,8 @@ class FuseChannel {
   static void on_room(void* self, uint32_t revents);
 
   const int kernel_, daemon_;
+  int direct_ = -1;
+  uint64_t direct_opcodes_ = 0;
   Reactor* reactor_;
   Uring* uring_;
   InodeTable* inodes_;
@@ -120,7 +128,7 @@ class FuseChannel {
   std::array<Ahead, kAheads> aheads_;
   std::array<Stream, kStreams> streams_;
   uint64_t clock_ = 0;       // for `since`
-  Slot* blocked_ = nullptr;  // the daemon's socket is full; nothing is read meanwhile
+  Slot* blocked_ = nullptr;  // its receiver's socket is full; nothing is read meanwhile
   uint32_t message_max_ = 0;
   uint64_t init_unique_ = 0;
   int epoll_ = -1;  // of kernel_

@@ -94,7 +94,7 @@ struct SharedFd {
   ~SharedFd() {
     if (fd >= 0) close(fd);
   }
-  const int fd;
+  int fd;
 };
 
 }  // namespace
@@ -357,6 +357,11 @@ int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
   return 0;
 }
 
+int kvfs_node_inode_landed(kvfs_node* n, uint64_t ino) {
+  InodeRef i = n->inodes.find(ino);
+  return i ? int(i->unlanded.load(std::memory_order_acquire) == UINT64_MAX) : -ENOENT;
+}
+
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns) {
   InodeRef i = n->inodes.find(ino);
   if (!i) return -ENOENT;
@@ -393,6 +398,19 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
   n->fuse = std::move(made);
   std::lock_guard<std::mutex> g(n->notify_mu);
   n->notify = std::move(notify);
+  return 0;
+}
+
+int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes) {
+  SharedFd owned(direct);
+  if (!n->fuse) return -ENOENT;
+  auto done = std::make_shared<Box<bool>>();
+  n->reactor->post([c = n->fuse.get(), direct, opcodes, done] {
+    c->set_direct(direct, opcodes);
+    done->set(true);
+  });
+  done->get();
+  owned.fd = -1;
   return 0;
 }
 

@@ -16,7 +16,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -373,15 +373,21 @@ class Tree:
     def reclaim(self, ino: int) -> None:
         """The orphan's data is gone: removes its record. Harmless when it is already removed."""
 
+        self.reclaim_many([ino])
+
+    def reclaim_many(self, inos: Sequence[int]) -> None:
+        """`reclaim` of each (at most a few hundred), in one transaction."""
+
         def body(op: Op) -> None:
-            if op.txn.get(schema.orphan_key(ino)) is None:
-                return
-            inode = op.inode(ino)
-            if inode.nlink:
-                raise FsError(errno.EBUSY)
-            op.txn.delete(schema.orphan_key(ino))
-            op.txn.delete(schema.trim_key(ino))
-            op.drop_record(inode)
+            for ino in inos:
+                if op.txn.get(schema.orphan_key(ino)) is None:
+                    continue
+                inode = op.inode(ino)
+                if inode.nlink:
+                    raise FsError(errno.EBUSY)
+                op.txn.delete(schema.orphan_key(ino))
+                op.txn.delete(schema.trim_key(ino))
+                op.drop_record(inode)
 
         self._change(body)
 

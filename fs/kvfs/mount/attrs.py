@@ -27,6 +27,19 @@ R = TypeVar("R")
 log = structlog.get_logger("kvfs.mount")
 
 
+def error_number(error: Exception, operation: object) -> int:
+    """The errno for the caller of an operation that has raised."""
+    if isinstance(error, pyfuse3.FUSEError):
+        return error.errno
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    if isinstance(error, FullError):
+        log.error("metadata store is full", operation=operation, error=str(error))
+        return errno.ENOSPC
+    log.error("operation failed", operation=operation, exc_info=error)
+    return errno.EIO
+
+
 def guarded(handler: Callable[P, CoroutineType[Any, Any, R]]) -> Callable[P, CoroutineType[Any, Any, R]]:
     """Whatever a handler raises becomes an errno for the caller: an unexpected exception must not end the mount."""
 
@@ -36,14 +49,8 @@ def guarded(handler: Callable[P, CoroutineType[Any, Any, R]]) -> Callable[P, Cor
             return await handler(*args, **kwargs)
         except pyfuse3.FUSEError:
             raise
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-        except FullError as error:
-            log.error("metadata store is full", operation=handler.__name__, error=str(error))
-            raise pyfuse3.FUSEError(errno.ENOSPC) from error
         except Exception as error:
-            log.exception("operation failed", operation=handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from error
+            raise pyfuse3.FUSEError(error_number(error, handler.__name__)) from error
 
     return wrapper
 

@@ -1,5 +1,6 @@
 """Mounts through fusermount3 and puts the native node between the kernel and pyfuse3: reads and writes of open files never
-reach Python, everything else comes to pyfuse3 through a socket that it serves as if it were /dev/fuse.
+reach Python, the most frequent other requests come to `direct`, and the rest to pyfuse3 through a socket that it serves as
+if it were /dev/fuse.
 
 libfuse takes an open descriptor for a mounted /dev/fuse when the mount point is `/dev/fd/N`.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .attrs import log
+from .direct import DirectRequests
 
 if TYPE_CHECKING:
     from kvfs.node import Node
@@ -84,6 +86,10 @@ class Channel:
     node: Node
     session: socket.socket
     """pyfuse3's end. It closes it."""
+    requests: socket.socket
+    """Brings what `direct` answers."""
+    kernel: int
+    """/dev/fuse, for these answers."""
 
     @classmethod
     def open(cls, node: Node, kernel: int) -> Channel:
@@ -95,12 +101,21 @@ class Channel:
             raise
         _widen(near)
         _widen(far)
+        source, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        answers = os.dup(kernel)
         try:
             node.fuse_start(kernel, near.detach())
+            try:
+                node.fuse_direct(source.detach(), DirectRequests.OPCODES)
+            except BaseException:
+                node.fuse_stop()
+                raise
         except BaseException:
-            far.close()
+            for end in (far, source, requests):
+                end.close()
+            os.close(answers)
             raise
-        return cls(node, far)
+        return cls(node, far, requests, answers)
 
     @property
     def place(self) -> str:
@@ -112,4 +127,6 @@ class Channel:
         with contextlib.suppress(OSError):
             self.node.fuse_stop()
         self.session.close()
+        self.requests.close()
+        os.close(self.kernel)
         log.debug("channel closed")

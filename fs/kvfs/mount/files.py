@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,7 +31,7 @@ STORE_S: Final = 0.02
 """After a change of the tree, at most about this long until a kill of the daemon no longer loses it."""
 RECLAIM_QUEUE: Final = 1024
 """Removed files whose data waits to be dropped; beyond that an unlink waits."""
-RECLAIM_BATCH: Final = 128
+RECLAIM_BATCH: Final = 256
 
 DROPPERS: Final = 8
 """Threads that wait for the kernel to forget pages."""
@@ -83,23 +83,33 @@ class OpenFiles:
         file.users += 1
         return file
 
-    async def release(self, file: OpenFile) -> None:
+    def release(self, file: OpenFile) -> Awaitable[None] | None:
+        """Returns what must be awaited, if anything."""
         file.users -= 1
         if file.users:
-            return
+            return None
         del self._open[file.ino]
-        await self._let_go(file)
+        return self._let_go(file)
 
-    async def _let_go(self, file: OpenFile) -> None:
+    def _let_go(self, file: OpenFile) -> Awaitable[None] | None:
         """Nobody has it open here. A client's handle may hold it; none can come that does not."""
         self._lingering[file.ino] = file
-        if not file.orphan:
-            await self.data.land(file.ino)
+        if file.orphan or self.data.inode_landed(file.ino):
+            return self._forget(file)
+        return self._land(file)
+
+    async def _land(self, file: OpenFile) -> None:
+        await self.data.land(file.ino)
+        left = self._forget(file)
+        if left is not None:
+            await left
+
+    def _forget(self, file: OpenFile) -> Awaitable[None] | None:
         if self._lingering.get(file.ino) is not file:
-            return  # opened again meanwhile, or gone
+            return None  # opened again meanwhile, or gone
         if self.data.inode_refs(file.ino) > 1:
             self.persist(file)
-            return
+            return None
         del self._lingering[file.ino]
         try:
             if not file.orphan:
@@ -107,8 +117,15 @@ class OpenFiles:
         finally:
             size = self.data.inode_size(file.ino)
             self.data.inode_close(file.ino)
-            if file.orphan:
-                await self._send.send((file.ino, size))
+            later = self._drop_data(file.ino, size) if file.orphan else None
+        return later
+
+    def _drop_data(self, ino: int, size: int) -> Awaitable[None] | None:
+        try:
+            self._send.send_nowait((ino, size))
+        except trio.WouldBlock:
+            return self._send.send((ino, size))
+        return None
 
     def held(self, ino: int) -> OpenFile | None:
         """Open here or through a client's handle."""
@@ -168,7 +185,9 @@ class OpenFiles:
             finally:
                 file.resizing -= 1
         finally:
-            await self.release(file)
+            later = self.release(file)
+            if later is not None:
+                await later
 
     async def fsync(self, file: OpenFile, datasync: bool) -> None:
         await self.data.fsync(file.ino)
@@ -199,13 +218,14 @@ class OpenFiles:
             self.persist(file)
         await self.sync()
 
-    async def removed(self, inode: Inode) -> None:
-        """Its last name is gone: the data goes now, or when the last opener has closed it."""
+    def removed(self, inode: Inode) -> Awaitable[None] | None:
+        """Its last name is gone: the data goes now, or when the last opener has closed it. Returns what must be awaited,
+        if anything."""
         file = self.held(inode.ino)
-        if file is not None:
-            file.orphan = True
-        else:
-            await self._send.send((inode.ino, inode.size))
+        if file is None:
+            return self._drop_data(inode.ino, inode.size)
+        file.orphan = True
+        return None
 
     # -- background
 
@@ -221,7 +241,9 @@ class OpenFiles:
             for file in list(self._lingering.values()):
                 if file.ino in self._lingering:
                     try:
-                        await self._let_go(file)
+                        later = self._let_go(file)
+                        if later is not None:
+                            await later
                     except Exception:
                         log.exception("size not stored", ino=file.ino)
 
@@ -239,16 +261,18 @@ class OpenFiles:
                 await trio.sleep(PERSIST_S)
 
     async def reclaim_removed(self) -> None:
+        """Many together: each batch waits for a store of the tree."""
         async for first in self._receive:
             batch = [first]
+            if self._receive.statistics().current_buffer_used < RECLAIM_BATCH:
+                await trio.sleep(STORE_S)
             with contextlib.suppress(trio.WouldBlock):
                 while len(batch) < RECLAIM_BATCH:
                     batch.append(self._receive.receive_nowait())
             try:
                 self.tree.flush()
-                for ino, size in batch:
-                    await self.data.delete(ino, size)
-                    self.tree.reclaim(ino)
+                await self.data.delete_many(batch)
+                self.tree.reclaim_many([ino for ino, _ in batch])
             except Exception:
                 log.exception(
                     "removed files' data not dropped; the next mount does it", first=first[0], files=len(batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,7 +70,7 @@ class MountOps(pyfuse3.Operations):
         if len(self._handles) >= MAX_HANDLES:
             raise FsError(errno.ENFILE)
 
-    def _handle(self, fh: int) -> Handle:
+    def handle(self, fh: int) -> Handle:
         handle = self._handles.get(fh)
         if handle is None:
             raise FsError(errno.EBADF)
@@ -180,26 +180,34 @@ class MountOps(pyfuse3.Operations):
         self._may_make(new_parent_inode, new_name)
         return self._entry(self.tree.link(inode, new_parent_inode, new_name))
 
-    async def _gone(self, inode: Inode) -> None:
+    def _gone(self, inode: Inode) -> Awaitable[None] | None:
+        """A name is gone. Returns what must be awaited, if anything."""
         if inode.nlink:
-            return
+            return None
         if stat.S_ISREG(inode.mode):
-            await self.files.removed(inode)
-        elif inode.ino in self._open_dirs:
+            return self.files.removed(inode)
+        if inode.ino in self._open_dirs:
             self._removed_dirs.add(inode.ino)
+        return None
+
+    def unlink_now(self, parent: int, name: bytes) -> Awaitable[None] | None:
+        """Returns what must be awaited, if anything."""
+        self._may_remove(parent, name)
+        return self._gone(self.tree.unlink(parent, name))
 
     @guarded
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
         if parent_inode & VIEW_BIT:
             await self.view.unlink(parent_inode, name)
             return
-        self._may_remove(parent_inode, name)
-        await self._gone(self.tree.unlink(parent_inode, name))
+        later = self.unlink_now(parent_inode, name)
+        if later is not None:
+            await later
 
     @guarded
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext) -> None:
         self._may_remove(parent_inode, name)
-        await self._gone(self.tree.rmdir(parent_inode, name, keep=self._open_dirs.__contains__))
+        self._gone(self.tree.rmdir(parent_inode, name, keep=self._open_dirs.__contains__))
 
     @guarded
     async def rename(
@@ -216,47 +224,78 @@ class MountOps(pyfuse3.Operations):
         done = self.tree.rename(
             parent_inode_old, name_old, parent_inode_new, name_new, flags, keep=self._open_dirs.__contains__
         )
-        if done.other is not None:
-            await self._gone(done.other)
+        later = self._gone(done.other) if done.other is not None else None
+        if later is not None:
+            await later
 
     # -- files
+
+    def create_file(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[FileHandleT, Inode]:
+        self._check_handles()
+        self._may_make(parent, name)
+        inode = self.tree.create(parent, name, mode, uid, gid)
+        file = self.files.acquire(inode)
+        self.files.set_no_capability(file, True)
+        return self._add(FileHandle(file)), inode
+
+    def open_file(self, ino: int) -> FileHandleT:
+        self._check_handles()
+        record = self.tree.getattr(ino)
+        if not stat.S_ISREG(record.mode):
+            raise FsError(errno.EINVAL)
+        return self._add(FileHandle(self.files.acquire(record)))
+
+    async def empty(self, ino: int, uid: int) -> None:
+        """O_TRUNC: the kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for)."""
+        record = self.tree.getattr(ino)
+        if not stat.S_ISREG(record.mode):
+            raise FsError(errno.EINVAL)
+        await self.files.resize(record, 0)
+        mode = record.mode & ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+        if uid and mode != record.mode:  # a truncation by another than root takes the set-id bits
+            self.tree.setattr(ino, mode=stat.S_IMODE(mode))
+
+    def flush_file(self, fh: int) -> None:
+        handle = self.handle(fh)
+        if isinstance(handle, FileHandle):
+            self.files.persist(handle.file)
+
+    def release_now(self, fh: int) -> Awaitable[None] | None:
+        """Returns what must be awaited, if anything."""
+        handle = self._handles.pop(fh, None)
+        if isinstance(handle, FileHandle):
+            return self.files.release(handle.file)
+        if isinstance(handle, BlockHandle):
+            self.view.release(handle)
+        return None
 
     @guarded
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        self._check_handles()
         if parent_inode & VIEW_BIT:
+            self._check_handles()
             handle, entry = await self.view.create(parent_inode, name, flags)
             return pyfuse3.FileInfo(fh=self._add(handle), direct_io=True), entry
-        self._may_make(parent_inode, name)
-        inode = self.tree.create(parent_inode, name, mode, ctx.uid, ctx.gid)
-        file = self.files.acquire(inode)
-        return pyfuse3.FileInfo(fh=self._add(FileHandle(file))), self._entry(inode)
+        fh, inode = self.create_file(parent_inode, name, mode, ctx.uid, ctx.gid)
+        return pyfuse3.FileInfo(fh=fh), attributes(inode)
 
     @guarded
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        self._check_handles()
         if inode & VIEW_BIT:
+            self._check_handles()
             handle = self.view.open(inode, flags)
             return pyfuse3.FileInfo(fh=self._add(handle), keep_cache=True)
-        record = self.tree.getattr(inode)
-        if not stat.S_ISREG(record.mode):
-            raise FsError(errno.EINVAL)
-        if flags & os.O_TRUNC:  # the kernel leaves it to us (FUSE_ATOMIC_O_TRUNC, which libfuse asks for)
-            await self.files.resize(record, 0)
-            mode = record.mode & ~stat.S_ISUID
-            if mode & stat.S_IXGRP:
-                mode &= ~stat.S_ISGID
-            if ctx.uid and mode != record.mode:  # a truncation by another than root takes the set-id bits
-                self.tree.setattr(inode, mode=stat.S_IMODE(mode))
-            record = self.tree.getattr(inode)
+        if flags & os.O_TRUNC:
+            await self.empty(inode, ctx.uid)
         # Pages read before are as good: only the kernel writes, and clients' writes drop them.
-        return pyfuse3.FileInfo(fh=self._add(FileHandle(self.files.acquire(record))), keep_cache=True)
+        return pyfuse3.FileInfo(fh=self.open_file(inode), keep_cache=True)
 
     @guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        handle = self._handle(fh)
+        handle = self.handle(fh)
         if isinstance(handle, FileHandle):
             return await self.data.read(handle.file.ino, off, size)
         if isinstance(handle, BlockHandle):
@@ -267,7 +306,7 @@ class MountOps(pyfuse3.Operations):
 
     @guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        handle = self._handle(fh)
+        handle = self.handle(fh)
         if isinstance(handle, FileHandle):
             return await self.data.write(handle.file.ino, off, buf)
         if isinstance(handle, BlockHandle):
@@ -276,23 +315,21 @@ class MountOps(pyfuse3.Operations):
 
     @guarded
     async def flush(self, fh: FileHandleT) -> None:
-        handle = self._handle(fh)
-        if isinstance(handle, FileHandle):
-            self.files.persist(handle.file)
-        elif isinstance(handle, BlockHandle):
+        handle = self.handle(fh)
+        if isinstance(handle, BlockHandle):
             await self.view.flush(handle)
+        else:
+            self.flush_file(fh)
 
     @guarded
     async def release(self, fh: FileHandleT) -> None:
-        handle = self._handles.pop(fh, None)
-        if isinstance(handle, FileHandle):
-            await self.files.release(handle.file)
-        elif isinstance(handle, BlockHandle):
-            self.view.release(handle)
+        later = self.release_now(fh)
+        if later is not None:
+            await later
 
     @guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        handle = self._handle(fh)
+        handle = self.handle(fh)
         if isinstance(handle, FileHandle):
             await self.files.fsync(handle.file, datasync)
         elif isinstance(handle, BlockHandle):
@@ -300,17 +337,34 @@ class MountOps(pyfuse3.Operations):
 
     # -- directories
 
+    def open_directory(self, ino: int) -> FileHandleT:
+        self._check_handles()
+        self._open_dirs[ino] = self._open_dirs.get(ino, 0) + 1
+        return self._add(DirHandle(ino))
+
+    def close_directory(self, fh: int) -> None:
+        handle = self._handles.pop(fh, None)
+        if not isinstance(handle, DirHandle):
+            return
+        left = self._open_dirs[handle.ino] - 1
+        if left:
+            self._open_dirs[handle.ino] = left
+            return
+        del self._open_dirs[handle.ino]
+        if handle.ino in self._removed_dirs:
+            self._removed_dirs.discard(handle.ino)
+            self.tree.reclaim(handle.ino)
+
     @guarded
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
-        self._check_handles()
         if inode & VIEW_BIT:
+            self._check_handles()
             return self._add(await self.view.opendir(inode))
-        self._open_dirs[inode] = self._open_dirs.get(inode, 0) + 1
-        return self._add(DirHandle(inode))
+        return self.open_directory(inode)
 
     @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        handle = self._handle(fh)
+        handle = self.handle(fh)
         if isinstance(handle, ViewDir):
             await self.view.readdir(handle, start_id, token)
             return
@@ -325,17 +379,7 @@ class MountOps(pyfuse3.Operations):
 
     @guarded
     async def releasedir(self, fh: FileHandleT) -> None:
-        handle = self._handles.pop(fh, None)
-        if not isinstance(handle, DirHandle):
-            return
-        left = self._open_dirs[handle.ino] - 1
-        if left:
-            self._open_dirs[handle.ino] = left
-            return
-        del self._open_dirs[handle.ino]
-        if handle.ino in self._removed_dirs:
-            self._removed_dirs.discard(handle.ino)
-            self.tree.reclaim(handle.ino)
+        self.close_directory(fh)
 
     @guarded
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
@@ -365,20 +409,23 @@ class MountOps(pyfuse3.Operations):
         if file is not None:
             self.files.set_no_capability(file, False)
 
+    def attribute(self, ino: int, name: bytes) -> bytes:
+        file = self.files.held(ino) if name == CAPABILITY else None
+        if file is None:
+            return self.tree.getxattr(ino, name)
+        if file.no_capability:
+            raise FsError(errno.ENODATA)
+        try:
+            return self.tree.getxattr(ino, name)
+        except FsError as error:
+            self.files.set_no_capability(file, error.errno == errno.ENODATA)
+            raise
+
     @guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         if inode & VIEW_BIT:
             raise FsError(errno.ENODATA)
-        file = self.files.held(inode) if name == CAPABILITY else None
-        if file is None:
-            return self.tree.getxattr(inode, name)
-        if file.no_capability:
-            raise pyfuse3.FUSEError(errno.ENODATA)
-        try:
-            return self.tree.getxattr(inode, name)
-        except FsError as error:
-            self.files.set_no_capability(file, error.errno == errno.ENODATA)
-            raise
+        return self.attribute(inode, name)
 
     @guarded
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[XAttrNameT]:

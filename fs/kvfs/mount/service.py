@@ -23,6 +23,7 @@ from . import channel
 from .attrs import log
 from .blocks import BlockView, Info, MakeNamespace
 from .channel import MountError
+from .direct import DirectRequests
 from .files import OpenFiles
 from .ops import MountOps
 
@@ -151,6 +152,8 @@ async def serve(
                 task_status.started()
 
             nursery.start_soon(announce)
+            if direct:
+                nursery.start_soon(DirectRequests(ops, direct.requests, direct.kernel).serve)
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:

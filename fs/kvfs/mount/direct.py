@@ -1,0 +1,268 @@
+"""Answers the kernel's most frequent requests on the tree without pyfuse3, whose dispatch costs several times what they do.
+
+The node sends these requests here as they come from the kernel, and the answers are written straight to /dev/fuse. A handler
+answers at once; what must wait becomes a task. pyfuse3 can serve every one of them too, and does without a node. Layouts
+and names: linux/fuse.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from struct import Struct
+from typing import Final
+
+import pyfuse3
+import trio
+
+from kvfs.meta.errors import FsError
+from kvfs.meta.schema import Inode
+
+from .attrs import BLOCK_SIZE, TIMEOUT_S, error_number
+from .blocks import VIEW_NAME
+from .ops import DirHandle, MountOps
+
+REQUEST_BYTES: Final = 8192
+"""More than a head and the longest name."""
+BUDGET: Final = 32
+"""Requests answered before other tasks get their turn."""
+ANSWER_MAX: Final = 1 << 20
+TASKS: Final = 64
+
+LOOKUP: Final = 1
+GETATTR: Final = 3
+UNLINK: Final = 10
+OPEN: Final = 14
+RELEASE: Final = 18
+GETXATTR: Final = 22
+FLUSH: Final = 25
+OPENDIR: Final = 27
+RELEASEDIR: Final = 29
+CREATE: Final = 35
+READDIRPLUS: Final = 44
+
+FOPEN_KEEP_CACHE: Final = 2
+
+_IN: Final = Struct("<IIQQIIIHH")
+_OUT: Final = Struct("<IiQ")
+_ATTR: Final = "QQQqqqIIIIIIIIII"
+_ATTR_OUT: Final = Struct("<QII" + _ATTR)
+_ENTRY_OUT: Final = Struct("<QQQQII" + _ATTR)
+_OPEN_OUT: Final = Struct("<QIi")
+_CREATE_IN: Final = Struct("<IIII")
+_OPEN_IN: Final = Struct("<II")
+_GETXATTR_IN: Final = Struct("<II")
+_GETXATTR_OUT: Final = Struct("<II")
+_FH_IN: Final = Struct("<Q")
+_READ_IN: Final = Struct("<QQI")
+_DIRENT: Final = Struct("<QQII")
+_SECOND: Final = 1_000_000_000
+_VALID_S: Final = int(TIMEOUT_S)
+_NO_ENTRY: Final = _ENTRY_OUT.pack(0, 0, _VALID_S, 0, 0, 0, *([0] * 16))
+"""The kernel may remember that there is no such name: only it can make one."""
+_SMALLEST_ENTRY: Final = _ENTRY_OUT.size + _DIRENT.size + 8
+
+Later = Awaitable[bytes | None]
+Reply = bytes | Later
+"""What follows the answer's head, or what must be awaited for it."""
+
+
+def _attr(inode: Inode) -> tuple[int, ...]:
+    atime, atime_ns = divmod(inode.atime, _SECOND)
+    mtime, mtime_ns = divmod(inode.mtime, _SECOND)
+    ctime, ctime_ns = divmod(inode.ctime, _SECOND)
+    return (
+        inode.ino,
+        inode.size,
+        (inode.size + 511) // 512,
+        atime,
+        mtime,
+        ctime,
+        atime_ns,
+        mtime_ns,
+        ctime_ns,
+        inode.mode,
+        inode.nlink,
+        inode.uid,
+        inode.gid,
+        inode.rdev,
+        BLOCK_SIZE,
+        0,
+    )
+
+
+def entry_out(inode: Inode) -> bytes:
+    return _ENTRY_OUT.pack(inode.ino, 0, _VALID_S, _VALID_S, 0, 0, *_attr(inode))
+
+
+def _view_entry(entry: pyfuse3.EntryAttributes) -> bytes:
+    ino = int(entry.st_ino)
+    seconds, part = divmod(int(entry.entry_timeout * _SECOND), _SECOND)
+    inode = Inode(
+        0,
+        entry.st_mode,
+        entry.st_nlink,
+        entry.st_uid,
+        entry.st_gid,
+        entry.st_size,
+        0,
+        entry.st_atime_ns,
+        entry.st_mtime_ns,
+        entry.st_ctime_ns,
+    )
+    return _ENTRY_OUT.pack(ino, 0, seconds, seconds, part, part, ino, *_attr(inode)[1:])
+
+
+class DirectRequests:
+    def __init__(self, ops: MountOps, requests: socket.socket, kernel: int) -> None:
+        """`requests` is the far end of the node's socket, `kernel` /dev/fuse; both stay the caller's."""
+        self.ops = ops
+        self._requests = requests
+        self._kernel = kernel
+        self._handlers: dict[int, Callable[[int, bytes, int, int], Reply]] = {
+            LOOKUP: self._lookup,
+            GETATTR: self._getattr,
+            UNLINK: self._unlink,
+            OPEN: self._open,
+            RELEASE: self._release,
+            GETXATTR: self._getxattr,
+            FLUSH: self._flush,
+            OPENDIR: self._opendir,
+            RELEASEDIR: self._releasedir,
+            CREATE: self._create,
+            READDIRPLUS: self._readdirplus,
+        }
+
+    OPCODES: Final = (LOOKUP, GETATTR, UNLINK, OPEN, RELEASE, GETXATTR, FLUSH, OPENDIR, RELEASEDIR, CREATE, READDIRPLUS)
+
+    async def serve(self) -> None:
+        """Until cancelled or the node closes its end."""
+        self._requests.setblocking(False)
+        limit = trio.CapacityLimiter(TASKS)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(self._requests)
+                for _ in range(BUDGET):
+                    try:
+                        message = self._requests.recv(REQUEST_BYTES)
+                    except BlockingIOError:
+                        break
+                    if not message:
+                        return
+                    later = self._take(message)
+                    if later is not None:
+                        nursery.start_soon(self._finish, *later, limit)
+
+    def _take(self, message: bytes) -> tuple[int, int, Later] | None:
+        """Answers, or returns the request's number, opcode and what is to be awaited first."""
+        _, opcode, unique, nodeid, uid, gid, _, _, _ = _IN.unpack_from(message)
+        try:
+            reply = self._handlers[opcode](nodeid, message, uid, gid)
+        except Exception as error:
+            self._answer(unique, -error_number(error, opcode))
+            return None
+        if isinstance(reply, bytes):
+            self._answer(unique, 0, reply)
+            return None
+        return unique, opcode, reply
+
+    async def _finish(self, unique: int, opcode: int, what: Later, limit: trio.CapacityLimiter) -> None:
+        code, body = 0, None
+        async with limit:
+            try:
+                body = await what
+            except Exception as error:
+                code = -error_number(error, opcode)
+        self._answer(unique, code, body or b"")
+
+    def _answer(self, unique: int, code: int, body: bytes = b"") -> None:
+        try:
+            os.write(self._kernel, _OUT.pack(_OUT.size + len(body), code, unique) + body)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):  # nobody waits for it any more; unmounted
+                raise
+
+    # -- handlers: node, message, uid, gid
+
+    def _lookup(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        name = message[_IN.size : -1]
+        if nodeid == pyfuse3.ROOT_INODE and name == VIEW_NAME:
+            return _view_entry(self.ops.view.root())
+        try:
+            inode = self.ops.tree.lookup(nodeid, name)
+        except FsError as error:
+            if error.errno != errno.ENOENT or name in (b".", b".."):
+                raise
+            self.ops.tree.getattr(nodeid)  # a directory that is gone is an error
+            return _NO_ENTRY
+        return entry_out(self.ops.files.overlay(inode))
+
+    def _getattr(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        inode = self.ops.files.overlay(self.ops.tree.getattr(nodeid))
+        return _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode))
+
+    def _create(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        _, mode, _, _ = _CREATE_IN.unpack_from(message, _IN.size)
+        name = message[_IN.size + _CREATE_IN.size : -1]
+        fh, inode = self.ops.create_file(nodeid, name, mode, uid, gid)
+        return entry_out(inode) + _OPEN_OUT.pack(fh, 0, 0)
+
+    def _open(self, nodeid: int, message: bytes, uid: int, gid: int) -> Reply:
+        flags, _ = _OPEN_IN.unpack_from(message, _IN.size)
+        if flags & os.O_TRUNC:
+            return self._open_empty(nodeid, uid)
+        return _OPEN_OUT.pack(self.ops.open_file(nodeid), FOPEN_KEEP_CACHE, 0)
+
+    async def _open_empty(self, nodeid: int, uid: int) -> bytes:
+        await self.ops.empty(nodeid, uid)
+        return _OPEN_OUT.pack(self.ops.open_file(nodeid), FOPEN_KEEP_CACHE, 0)
+
+    def _release(self, nodeid: int, message: bytes, uid: int, gid: int) -> Reply:
+        return self.ops.release_now(_FH_IN.unpack_from(message, _IN.size)[0]) or b""
+
+    def _getxattr(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        size, _ = _GETXATTR_IN.unpack_from(message, _IN.size)
+        value = self.ops.attribute(nodeid, message[_IN.size + _GETXATTR_IN.size : -1])
+        if size == 0:
+            return _GETXATTR_OUT.pack(len(value), 0)
+        if len(value) > size:
+            raise FsError(errno.ERANGE)
+        return value
+
+    def _flush(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        self.ops.flush_file(_FH_IN.unpack_from(message, _IN.size)[0])
+        return b""
+
+    def _unlink(self, nodeid: int, message: bytes, uid: int, gid: int) -> Reply:
+        return self.ops.unlink_now(nodeid, message[_IN.size : -1]) or b""
+
+    def _opendir(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        return _OPEN_OUT.pack(self.ops.open_directory(nodeid), 0, 0)
+
+    def _releasedir(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        self.ops.close_directory(_FH_IN.unpack_from(message, _IN.size)[0])
+        return b""
+
+    def _readdirplus(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        fh, cookie, size = _READ_IN.unpack_from(message, _IN.size)
+        handle = self.ops.handle(fh)
+        if not isinstance(handle, DirHandle):
+            raise FsError(errno.ENOTDIR)
+        left = min(size, ANSWER_MAX)
+        parts: list[bytes] = []
+        overlay = self.ops.files.overlay
+        while page := self.ops.tree.readdir_plus(handle.ino, cookie, left // _SMALLEST_ENTRY + 1):
+            for dentry, inode in page:
+                name = dentry.name
+                padded = (len(name) + 7) & ~7
+                left -= _ENTRY_OUT.size + _DIRENT.size + padded
+                if left < 0:
+                    return b"".join(parts)
+                cookie = dentry.cookie
+                parts.append(entry_out(overlay(inode)))
+                parts.append(_DIRENT.pack(inode.ino, cookie, len(name), stat.S_IFMT(inode.mode) >> 12))
+                parts.append(name.ljust(padded, b"\0"))
+        return b"".join(parts)
