@@ -162,6 +162,7 @@ void FuseChannel::take(Slot* s) {
         return;
       break;
     case FUSE_FLUSH:
+      // Its size and times are in the inode, from where the daemon takes them at the release.
       if (!plain(in.nodeid) || !inodes_->find(in.nodeid)) break;
       return reply(s, int(reactor_->closed(in.nodeid)), nullptr, 0);
     case FUSE_GETXATTR:

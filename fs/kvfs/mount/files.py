@@ -131,6 +131,9 @@ class OpenFiles:
         """Open here or through a client's handle."""
         return self._open.get(ino) or self._lingering.get(ino)
 
+    def any_held(self) -> bool:
+        return bool(self._open or self._lingering)
+
     def set_no_capability(self, file: OpenFile, on: bool) -> None:
         if file.no_capability != on:
             file.no_capability = on
