@@ -452,3 +452,28 @@ def test_processes_racing_for_names(tree: Tree, tmp_path: Path) -> None:
     assert [worker.returncode for worker in workers] == [0, 0, 0]
     assert sum(won) == 150
     assert tree.usage().files == 151
+
+
+def test_find_tells_a_missing_name_from_a_missing_directory(tree: Tree) -> None:
+    made = tree.mkdir(ROOT_INO, b"d", 0o755, 0, 0).ino
+    assert tree.find(made, b"f") is None
+    tree.create(made, b"f", 0o644, 0, 0)
+    assert tree.find(made, b"f") == tree.lookup(made, b"f")
+    tree.unlink(made, b"f")
+    tree.rmdir(ROOT_INO, b"d")
+    for look in (tree.find, tree.lookup):
+        with pytest.raises(FsError) as raised:
+            look(made, b"f")
+        assert raised.value.errno == errno.ENOENT
+
+
+def test_many_orphans_are_reclaimed_at_once(tree: Tree) -> None:
+    before = tree.usage()
+    inos = [tree.create(ROOT_INO, b"%d" % n, 0o644, 0, 0).ino for n in range(20)]
+    for n in range(20):
+        tree.unlink(ROOT_INO, b"%d" % n)
+    tree.reclaim(inos[3])
+    tree.reclaim_many(inos)
+    assert tree.orphans() == []
+    assert tree.usage() == before
+    assert fsck.check(tree.store).findings == []

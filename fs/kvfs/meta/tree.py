@@ -159,14 +159,23 @@ class Tree:
     # -- looking
 
     def lookup(self, parent: int, name: bytes) -> Inode:
-        def body(op: Op) -> Inode:
+        found = self.find(parent, name)
+        if found is None:
+            raise FsError(errno.ENOENT)
+        return found
+
+    def find(self, parent: int, name: bytes) -> Inode | None:
+        """None: the directory has no such name. ENOENT: there is no such directory."""
+
+        def body(op: Op) -> Inode | None:
             directory = op.directory(parent)
             if name == b".":
                 return directory
             if name == b"..":
                 return op.inode(directory.parent)
             _check_name(name)
-            return op.entry_inode(op.must_find(parent, name))
+            dentry = op.find(parent, name)
+            return None if dentry is None else op.entry_inode(dentry)
 
         return self._look(body)
 

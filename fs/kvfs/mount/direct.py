@@ -191,14 +191,8 @@ class DirectRequests:
         name = message[_IN.size : -1]
         if nodeid == pyfuse3.ROOT_INODE and name == VIEW_NAME:
             return _view_entry(self.ops.view.root())
-        try:
-            inode = self.ops.tree.lookup(nodeid, name)
-        except FsError as error:
-            if error.errno != errno.ENOENT or name in (b".", b".."):
-                raise
-            self.ops.tree.getattr(nodeid)  # a directory that is gone is an error
-            return _NO_ENTRY
-        return entry_out(self.ops.files.overlay(inode))
+        inode = self.ops.tree.find(nodeid, name)
+        return _NO_ENTRY if inode is None else entry_out(self.ops.files.overlay(inode))
 
     def _getattr(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         inode = self.ops.files.overlay(self.ops.tree.getattr(nodeid))
