@@ -158,6 +158,12 @@ class Node:
         if result < 0:
             raise OSError(-result, "the node serves no mount")
 
+    def fuse_attr(self, ino: int, answer: bytes | None) -> bool:
+        """Leaves an answer to GETATTR of a directory, which the caller keeps right; None takes it back. False: no room, or
+        no mount any more."""
+        value = ffi.NULL if answer is None else ffi.from_buffer(answer)
+        return lib.kvfs_node_fuse_attr(self.handle, ino, value, 0 if answer is None else len(answer)) >= 0
+
     def fuse_stop(self) -> None:
         """Returns when every request under way has ended."""
         result = lib.kvfs_node_fuse_stop(self.handle)

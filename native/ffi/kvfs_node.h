@@ -107,6 +107,9 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
 /* Requests on inodes without KVFS_VIEW_INO whose opcode is a bit of `opcodes` (1 << FUSE_LOOKUP, ...) go to `direct` instead,
  * a socket like `daemon`, whose reader answers on /dev/fuse itself. Once per fuse_start. It is the node's from now on. */
 int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes);
+/* Leaves an answer (struct fuse_attr_out) to GETATTR of a directory, which the caller keeps right; NULL: takes it back.
+ * -ENOSPC: there are too many already. */
+int kvfs_node_fuse_attr(kvfs_node* n, uint64_t ino, const void* answer, size_t bytes);
 /* Ends it when all requests under way have ended. */
 int kvfs_node_fuse_stop(kvfs_node* n);
 /* The kernel forgets pages and attributes of `ino`. Waits for reads of it that are under way: never call it from the

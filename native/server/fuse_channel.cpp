@@ -165,6 +165,9 @@ void FuseChannel::take(Slot* s) {
       // Its size and times are in the inode, from where the daemon takes them at the release.
       if (!plain(in.nodeid) || !inodes_->find(in.nodeid)) break;
       return reply(s, int(reactor_->closed(in.nodeid)), nullptr, 0);
+    case FUSE_GETATTR:
+      if (fuse_attr_out known; attrs_->get(in.nodeid, &known)) return reply(s, 0, &known, sizeof known);
+      break;
     case FUSE_GETXATTR:
       if (answer_xattr(s)) return;
       break;

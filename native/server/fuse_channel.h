@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "attr_table.h"
 #include "reactor.h"
 
 namespace kvfs {
@@ -36,6 +37,9 @@ class FuseChannel {
   // Requests on the tree's inodes whose opcode is a bit of `opcodes` go to `direct` instead of the daemon's libfuse. It is
   // closed with the channel.
   void set_direct(int direct, uint64_t opcodes);
+
+  // Thread-safe, as long as the channel or the pointer lives.
+  std::shared_ptr<AttrTable> attrs() const { return attrs_; }
 
   void pump();         // once per turn
   bool ready() const;  // pump() has something to do
@@ -118,6 +122,7 @@ class FuseChannel {
   Uring* uring_;
   InodeTable* inodes_;
   Upcalls* upcalls_;
+  const std::shared_ptr<AttrTable> attrs_ = std::make_shared<AttrTable>();
   Ring ring_;  // stands for us where the reactor names an operation's origin
   char* memory_ = nullptr;
   size_t memory_bytes_ = 0;

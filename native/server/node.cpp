@@ -122,6 +122,7 @@ struct kvfs_node {
   std::unique_ptr<FuseChannel> fuse;
   std::mutex notify_mu;
   std::shared_ptr<SharedFd> notify;  // /dev/fuse, for invalidations
+  std::shared_ptr<AttrTable> attrs;
 
   void run();
 };
@@ -398,6 +399,7 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
   n->fuse = std::move(made);
   std::lock_guard<std::mutex> g(n->notify_mu);
   n->notify = std::move(notify);
+  n->attrs = n->fuse->attrs();
   return 0;
 }
 
@@ -414,12 +416,27 @@ int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes) {
   return 0;
 }
 
+int kvfs_node_fuse_attr(kvfs_node* n, uint64_t ino, const void* answer, size_t bytes) {
+  std::shared_ptr<AttrTable> attrs;
+  {
+    std::lock_guard<std::mutex> g(n->notify_mu);
+    attrs = n->attrs;
+  }
+  fuse_attr_out out;
+  if (!attrs) return -ENOENT;
+  if (answer == nullptr) return attrs->set(ino, nullptr), 0;
+  if (bytes != sizeof out) return -EINVAL;
+  memcpy(&out, answer, sizeof out);
+  return attrs->set(ino, &out) ? 0 : -ENOSPC;
+}
+
 int kvfs_node_fuse_stop(kvfs_node* n) {
   std::lock_guard<std::mutex> one(n->fuse_mu);
   if (!n->fuse) return -ENOENT;
   {
     std::lock_guard<std::mutex> g(n->notify_mu);
     n->notify.reset();
+    n->attrs.reset();
   }
   auto ended = std::make_shared<Box<bool>>();
   n->reactor->post([r = n->reactor, ended] { r->close_fuse([ended] { ended->set(true); }); });

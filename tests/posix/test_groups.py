@@ -87,6 +87,40 @@ def test_a_name_that_was_missing_appears(mounted: Mounted) -> None:
         os.stat(made)
 
 
+def test_a_directorys_attributes_follow_every_change(mounted: Mounted) -> None:
+    d = mounted.root / "d"
+    d.mkdir()
+    seen = [os.stat(d)]
+
+    def changed() -> os.stat_result:
+        seen.append(os.stat(d))
+        assert seen[-1].st_ctime_ns > seen[-2].st_ctime_ns
+        return seen[-1]
+
+    (d / "f").touch()
+    assert changed().st_mtime_ns > seen[-2].st_mtime_ns
+    (d / "sub").mkdir()
+    assert changed().st_nlink == 3
+    os.rename(d / "f", mounted.root / "f")
+    assert changed().st_mtime_ns > seen[-2].st_mtime_ns
+    os.chmod(d, 0o700)
+    assert changed().st_mode & 0o777 == 0o700
+    os.utime(d, ns=(1, 2))
+    assert (changed().st_atime_ns, seen[-1].st_mtime_ns) == (1, 2)
+    os.setxattr(d, "user.a", b"v")
+    changed()
+    (d / "sub").rmdir()
+    assert changed().st_nlink == 2
+    fd = os.open(d, os.O_RDONLY | os.O_DIRECTORY)
+    d.rmdir()
+    assert os.fstat(fd).st_nlink == 0
+    os.close(fd)
+    with fails(errno.ENOENT):
+        os.stat(d)
+    d.mkdir()
+    assert os.stat(d).st_nlink == 2
+
+
 def test_new_files_have_no_attributes_until_they_are_set(mounted: Mounted) -> None:
     path = mounted.root / "f"
     fd = os.open(path, os.O_CREAT | os.O_WRONLY)

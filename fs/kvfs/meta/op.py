@@ -18,7 +18,7 @@ def is_dir(inode: Inode) -> bool:
 class Op:
     """One transaction's view: inodes read once, written once at the end, counts added up."""
 
-    __slots__ = ("bytes", "dirty", "files", "inodes", "name_key", "now", "txn")
+    __slots__ = ("bytes", "dirty", "dropped", "files", "inodes", "name_key", "now", "txn")
 
     def __init__(self, txn: Txn, name_key: bytes, now: int) -> None:
         self.txn = txn
@@ -26,6 +26,8 @@ class Op:
         self.now = now
         self.inodes: dict[int, Inode] = {}
         self.dirty: dict[int, Inode] = {}
+        self.dropped: list[int] = []
+        """Directories whose record is removed."""
         self.files = 0
         self.bytes = 0
 
@@ -109,6 +111,8 @@ class Op:
 
     def drop_record(self, inode: Inode) -> None:
         self.dirty.pop(inode.ino, None)
+        if is_dir(inode):
+            self.dropped.append(inode.ino)
         self.inodes.pop(inode.ino, None)
         self.txn.delete(schema.inode_key(inode.ino))
         start = schema.xattr_key(inode.ino)

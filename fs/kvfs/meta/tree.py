@@ -86,6 +86,8 @@ class Tree:
         self.clock = clock
         self.changes = 0
         """Committed by this object; `sync` has nothing to do while it stays the same."""
+        self.on_directory: Callable[[int, Inode | None], None] | None = None
+        """Told of each directory that was changed, and how it is now, or that it is gone."""
         self.session: Final = secrets.randbits(63)
         self._shard = self.session & 0xFF
         self._ino_lock = threading.Lock()
@@ -117,17 +119,23 @@ class Tree:
     # -- plumbing
 
     def _change(self, fn: Callable[[Op], T]) -> T:
-        def body(txn: Txn) -> T:
+        def body(txn: Txn) -> tuple[T, Op]:
             op = Op(txn, self.super.name_key, self.clock())
             try:
                 result = fn(op)
                 op.finish(self._shard)
             except msgspec.MsgspecError as error:
                 raise FsError(errno.EIO, "damaged metadata record") from error
-            return result
+            return result, op
 
-        done = run(self.store, body)
+        done, op = run(self.store, body)
         self.changes += 1
+        if self.on_directory is not None:
+            for inode in op.dirty.values():
+                if is_dir(inode):
+                    self.on_directory(inode.ino, inode)
+            for ino in op.dropped:
+                self.on_directory(ino, None)
         return done
 
     def _look(self, fn: Callable[[Op], T]) -> T:

@@ -20,6 +20,7 @@ import trio
 
 from kvfs.meta.errors import FsError
 from kvfs.meta.schema import Inode
+from kvfs.node import Node
 
 from .attrs import BLOCK_SIZE, TIMEOUT_S, error_number
 from .blocks import VIEW_NAME
@@ -31,6 +32,8 @@ BUDGET: Final = 32
 """Requests answered before other tasks get their turn."""
 ANSWER_MAX: Final = 1 << 20
 TASKS: Final = 64
+LEFT_MAX: Final = 4096
+"""Directories whose attributes the node has (native: AttrTable::kMost)."""
 
 LOOKUP: Final = 1
 GETATTR: Final = 3
@@ -117,9 +120,13 @@ def _view_entry(entry: pyfuse3.EntryAttributes) -> bytes:
 
 
 class DirectRequests:
-    def __init__(self, ops: MountOps, requests: socket.socket, kernel: int) -> None:
+    def __init__(self, ops: MountOps, node: Node, requests: socket.socket, kernel: int) -> None:
         """`requests` is the far end of the node's socket, `kernel` /dev/fuse; both stay the caller's."""
         self.ops = ops
+        self._node = node
+        self._left: set[int] = set()
+        """Directories for which the node has an answer to GETATTR."""
+        ops.tree.on_directory = self._directory
         self._requests = requests
         self._kernel = kernel
         self._handlers: dict[int, Callable[[int, bytes, int, int], Reply]] = {
@@ -196,7 +203,23 @@ class DirectRequests:
 
     def _getattr(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         inode = self.ops.files.overlay(self.ops.tree.getattr(nodeid))
-        return _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode))
+        answer = _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode))
+        if stat.S_ISDIR(inode.mode):
+            if len(self._left) >= LEFT_MAX and nodeid not in self._left:
+                self._node.fuse_attr(self._left.pop(), None)
+            if self._node.fuse_attr(nodeid, answer):
+                self._left.add(nodeid)
+        return answer
+
+    def _directory(self, ino: int, inode: Inode | None) -> None:
+        """The tree has changed a directory."""
+        if ino not in self._left:
+            return
+        if inode is None:
+            self._left.discard(ino)
+            self._node.fuse_attr(ino, None)
+        else:
+            self._node.fuse_attr(ino, _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode)))
 
     def _create(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         _, mode, _, _ = _CREATE_IN.unpack_from(message, _IN.size)

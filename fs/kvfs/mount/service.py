@@ -153,7 +153,7 @@ async def serve(
 
             nursery.start_soon(announce)
             if direct:
-                nursery.start_soon(DirectRequests(ops, direct.requests, direct.kernel).serve)
+                nursery.start_soon(DirectRequests(ops, direct.node, direct.requests, direct.kernel).serve)
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
