@@ -278,7 +278,7 @@ bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, cha
   if ((j->flags & Request::kDurable) == 0 && !whole && (dirty != nullptr || write_back_.safe())) {
     switch (write_back_.take(j->ino, index, in, len, mem, monotonic_ns())) {
       case WriteBack::Taken::Yes:
-        if (dirty == nullptr) j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
+        j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
         return true;
       case WriteBack::Taken::NoRoom:
         write_back_.await_room(j);

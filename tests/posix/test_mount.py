@@ -280,3 +280,13 @@ def test_data_of_no_file_is_dropped_at_start(mounted: Mounted) -> None:
     assert (mounted.root / "f").read_bytes() == content(1000)
     assert mounted.stop() == 0
     assert trio.run(left) == [ino]
+
+
+def test_a_file_opened_again_while_it_is_stored_keeps_its_size(mounted: Mounted) -> None:
+    piece = content(70_001)
+    for number in range(60):
+        with open(mounted.root / f"f{number % 3}", "ab") as file:  # the last close of the same file may still be under way
+            file.write(piece)
+    assert mounted.stop() == 0, mounted.log.read_text()
+    mounted.start()
+    assert [(mounted.root / f"f{i}").read_bytes() == piece * 20 for i in range(3)] == [True] * 3

@@ -100,6 +100,8 @@ class OpenFiles:
 
     async def _land(self, file: OpenFile) -> None:
         await self.data.land(file.ino)
+        if self._lingering.get(file.ino) is file and not self.data.inode_landed(file.ino):
+            return  # written and closed again meanwhile: that close waits, too
         left = self._forget(file)
         if left is not None:
             await left

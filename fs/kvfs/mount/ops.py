@@ -224,6 +224,7 @@ class MountOps(pyfuse3.Operations):
         if self.files.any_held():  # a file written and renamed over another must not be stored there without its size
             file = self.files.held(self.tree.lookup(parent_inode_old, name_old).ino)
             if file is not None:
+                await self.data.land(file.ino)
                 self.files.persist(file)
         done = self.tree.rename(
             parent_inode_old, name_old, parent_inode_new, name_new, flags, keep=self._open_dirs.__contains__
