@@ -35,7 +35,7 @@ struct kvfs_node_config {
 
 /* Counters and gauges; copied by the reactor between two turns. */
 struct kvfs_node_stats {
-  uint64_t chunks, block_chunks, file_chunks, data_bytes, slot_bytes, capacity_bytes, free_bytes;
+  uint64_t chunks, block_chunks, file_chunks, data_bytes, slot_bytes, capacity_bytes, free_bytes, reserved_bytes;
   uint64_t free_segments, total_segments, index_bytes;
   uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;
   uint64_t mem_hits, mem_bytes, journal_groups, journal_bytes, checkpoints, flushes, moves, dirty_bytes;

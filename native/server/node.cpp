@@ -491,6 +491,7 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   COPY(slot_bytes);
   COPY(capacity_bytes);
   COPY(free_bytes);
+  COPY(reserved_bytes);
   COPY(free_segments);
   COPY(total_segments);
   COPY(index_bytes);

@@ -306,6 +306,7 @@ StoreStats StoreImpl::stats() const {
   s.free_segments = alloc_->free_segments();
   s.total_segments = geo_.segments;
   s.free_bytes = uint64_t{s.free_segments} * geo_.stride() + alloc_->free_slot_bytes();
+  s.reserved_bytes = std::min<uint64_t>(s.free_segments, reserve_segments(1)) * geo_.stride();
   s.index_bytes = index_.memory_bytes() + evictor_.memory_bytes();
   return s;
 }

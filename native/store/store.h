@@ -89,6 +89,7 @@ struct StoreStats {
   uint64_t slot_bytes;      // sum of the slots that hold them
   uint64_t capacity_bytes;  // all segments
   uint64_t free_bytes;      // free segments + free slots
+  uint64_t reserved_bytes;  // of these, kept for checkpoints: nothing else can use them
   uint64_t free_segments, total_segments;
   uint64_t index_bytes;  // memory of the index, all of it
   uint64_t gets, get_hits, puts, puts_existed, deletes, writes, evictions, checksum_errors, io_errors;

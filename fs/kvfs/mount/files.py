@@ -96,15 +96,8 @@ class OpenFiles:
         self._lingering[file.ino] = file
         if file.orphan or self.data.inode_landed(file.ino):
             return self._forget(file)
-        return self._land(file)
-
-    async def _land(self, file: OpenFile) -> None:
-        await self.data.land(file.ino)
-        if self._lingering.get(file.ino) is file and not self.data.inode_landed(file.ino):
-            return  # written and closed again meanwhile: that close waits, too
-        left = self._forget(file)
-        if left is not None:
-            await left
+        self._unstored.set()  # its bytes are on their way to the store; many such files end together
+        return None
 
     def _forget(self, file: OpenFile) -> Awaitable[None] | None:
         if self._lingering.get(file.ino) is not file:
@@ -259,11 +252,24 @@ class OpenFiles:
             await trio.sleep(STORE_S)
             self._unstored = trio.Event()
             try:
+                await self._end_landed()
                 self.tree.flush()
             except Exception:
                 log.exception("changes not stored, will try again")
                 self._unstored.set()
                 await trio.sleep(PERSIST_S)
+
+    async def _end_landed(self) -> None:
+        """Forgets closed files whose bytes have reached the store; looks again soon for the others."""
+        for file in list(self._lingering.values()):
+            if self._lingering.get(file.ino) is not file or self.data.inode_refs(file.ino) > 1:
+                continue
+            if self.data.inode_landed(file.ino):
+                later = self._forget(file)
+                if later is not None:
+                    await later
+            else:
+                self._unstored.set()
 
     async def reclaim_removed(self) -> None:
         """Many together: each batch waits for a store of the tree."""

@@ -399,7 +399,8 @@ class MountOps(pyfuse3.Operations):
         out = pyfuse3.StatvfsData()
         out.f_bsize = out.f_frsize = BLOCK_SIZE
         out.f_blocks = space["capacity_bytes"] // BLOCK_SIZE
-        out.f_bfree = out.f_bavail = space["free_bytes"] // BLOCK_SIZE
+        out.f_bfree = space["free_bytes"] // BLOCK_SIZE
+        out.f_bavail = (space["free_bytes"] - space["reserved_bytes"]) // BLOCK_SIZE
         out.f_files = usage.files + (1 << 32)
         out.f_ffree = out.f_favail = 1 << 32
         out.f_namemax = MAX_NAME
