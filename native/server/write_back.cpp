@@ -98,7 +98,7 @@ WriteBack::Taken WriteBack::take(uint64_t ino, uint64_t index, uint32_t off, uin
                                  uint64_t now_ns) {
   KVFS_CHECK(len != 0 && off + len <= kFileChunk);
   DirtyChunk* c = find(ino, index);
-  if (c != nullptr && c->lender != nullptr) return Taken::Gap;
+  if (c != nullptr && (c->lender != nullptr || c->only_kept())) return Taken::Gap;
   uint64_t fresh = 0;
   const bool joins = each_page(off, len, [&](uint32_t k, uint32_t a, uint32_t b) {
     const DirtyPage* p = c != nullptr ? &c->pages[k] : nullptr;

@@ -43,6 +43,8 @@ struct DirtyChunk {
   uint64_t since_ns = 0;         // when it became dirty
   std::vector<Job*> next, now;   // who waits for the bytes that are dirty, and for those on their way
   DirtyChunk *older = nullptr, *younger = nullptr;
+  // For readers that began long ago; the store may have newer bytes by now.
+  bool only_kept() const { return dirty == 0 && !flushing; }
 };
 
 class WriteBack {
@@ -63,7 +65,7 @@ class WriteBack {
 
   enum class Taken : uint8_t { Yes, NoRoom, Gap };
   // Takes bytes [off, off + len) of a chunk. NoRoom: try again after a flush. Gap: bytes between these and those of the
-  // same page are not known here, so that the chunk must go first.
+  // same page are not known here, so that the chunk must go first; or it is only kept.
   Taken take(uint64_t ino, uint64_t index, uint32_t off, uint32_t len, const char* src, uint64_t now_ns);
   // Takes a whole chunk without a copy: `mem`, aligned for the device, is the lender's and stays as it is until its loan is
   // over. Nothing is held of the chunk.
