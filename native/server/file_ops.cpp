@@ -321,6 +321,7 @@ void Reactor::step_range(Job* j) {
 void Reactor::step_chunks(Job* j) {
   uint32_t in = uint32_t(j->pos % kFileChunk);
   if (in != 0) {
+    if (!drain_flights(j)) return;  // more may have set out if this waited for an Op
     if (!issue(j, Request::Op::Truncate, file_key(j->ino, j->pos / kFileChunk), in, 0, nullptr)) return;
     j->pos += kFileChunk - in;  // cannot overflow: pos <= INT64_MAX
   }

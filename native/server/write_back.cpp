@@ -291,16 +291,32 @@ void WriteBack::start(DirtyChunk* c) {
     gather(c, f->buffer, off, end);
     return send(f, off, end, f->buffer);
   }
+  // Nothing may change the chunk in the store between our read and our write: this waits its turn behind what is under
+  // way there (a truncation to more than it has changes nothing), and no other write sets out while we are on our way.
+  Request& q = f->req;
+  q = Request{};
+  q.op = Request::Op::Truncate;
+  q.key = key_of(*c);
+  q.off = kFileChunk;
+  q.done = on_turn;
+  q.owner = f;
+  store_->submit(&q);
+}
+
+void WriteBack::on_turn(Request* r) {
+  auto* f = static_cast<Flush*>(r->owner);
+  if (r->result < 0) return on_base(r);
   memset(f->buffer, 0, kFileChunk);
+  const ChunkKey key = r->key;
   Request& q = f->req;
   q = Request{};
   q.op = Request::Op::Get;
-  q.key = key_of(*c);
+  q.key = key;
   q.len = kFileChunk;
   q.mem.ptr = f->buffer;
   q.done = on_base;
   q.owner = f;
-  store_->submit(&q);
+  f->owner->store_->submit(&q);
 }
 
 // What the store has is here: the new bytes go over it.

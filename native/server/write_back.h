@@ -121,6 +121,7 @@ class WriteBack {
   void send(Flush* f, uint32_t off, uint32_t end, char* src);
   void gather(DirtyChunk* c, char* buffer, uint32_t off, uint32_t end);
   void set_out(DirtyChunk* c);
+  static void on_turn(Request* r);
   static void on_base(Request* r);
   static void on_written(Request* r);
   void over(Flush* f, int64_t result);
