@@ -62,7 +62,7 @@ WriteBack::~WriteBack() {
 // Each chunk that waits may need a new slot while its old one is still kept for a crash.
 bool WriteBack::safe() const {
   constexpr uint64_t kMargin = 16u << 20;
-  return page_limit_ != 0 && store_->room() > kMargin + (chunks_ + 1) * 2 * (kFileChunk + kDirtyPage);
+  return page_limit_ >= kChunkPages && store_->room() > kMargin + (chunks_ + 1) * 2 * (kFileChunk + kDirtyPage);
 }
 
 DirtyChunk* WriteBack::find(uint64_t ino, uint64_t index) const {
