@@ -33,6 +33,7 @@ class NodeTest : public ::testing::Test {
     c.data_path = data_.c_str();
     c.socket_path = sock_.c_str();
     c.memory_bytes = memory_;
+    c.dirty_bytes = dirty_;
     c.verify = 1;
     c.allowed_uid = KVFS_ANY_UID;
     struct stat st;
@@ -99,7 +100,7 @@ class NodeTest : public ::testing::Test {
   }
 
   std::string dir_, data_, sock_;
-  uint64_t memory_ = 16u << 20;
+  uint64_t memory_ = 16u << 20, dirty_ = 0;
   kvfs_node* node_ = nullptr;
 };
 
