@@ -273,13 +273,11 @@ bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, cha
   if (j->lender != nullptr && dirty == nullptr && len == kFileChunk && uintptr_t(mem) % kDirtyPage == 0 &&
       write_back_.safe()) {
     write_back_.adopt(j->ino, index, mem, j->lender, monotonic_ns());
-    j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
     return true;
   }
   if ((j->flags & Request::kDurable) == 0 && !whole && (dirty != nullptr || write_back_.safe())) {
     switch (write_back_.take(j->ino, index, in, len, mem, monotonic_ns())) {
       case WriteBack::Taken::Yes:
-        j->inode->unlanded.store(write_back_.first_held(j->ino), std::memory_order_release);
         return true;
       case WriteBack::Taken::NoRoom:
         write_back_.await_room(j);
@@ -430,7 +428,9 @@ bool Reactor::step(Job* j) {
           if (j->flushes != 0) return false;
         }
         if (j->type == Job::Type::Land) {
-          j->generated = true;
+          if (!j->logging) j->cursor = store_->logged();
+          j->logging = store_->written() < j->cursor;
+          j->generated = !j->logging;
         } else if (j->err == 0) {
           j->generated = issue(j, Request::Op::Flush, file_key(j->ino, 0), 0, 0, nullptr);
         }
@@ -450,6 +450,7 @@ bool Reactor::step(Job* j) {
   if (j->is_write) {
     if (j->in_turn && !end_write(j)) return false;
   } else if (j->in_turn) {
+    note_landed(j->inode);
     leave(j);
   }
   if ((j->is_write || j->type == Job::Type::Fsync) && !j->settled && !settle(j)) return false;
@@ -476,7 +477,7 @@ bool Reactor::step_jobs() {
       jobs_.pop_back();
       continue;
     }
-    if (j->held || j->asked || j->flushes != 0) {
+    if (j->held || j->asked || j->flushes != 0 || j->logging) {
       ++i;
       continue;
     }

@@ -2,6 +2,8 @@
 // and truncations, and the questions to the Python daemon that a client's write or fsync waits for. Reactor thread only.
 #include <time.h>
 
+#include <algorithm>
+
 #include "reactor.h"
 
 namespace kvfs {
@@ -63,6 +65,9 @@ void Reactor::begin_alone(Job* j) {
   } else {
     j->end = size;
     j->inode->size.store(j->off, std::memory_order_release);
+    ++j->inode->cuts;
+    if (j->inode->landed.load(std::memory_order_relaxed) > j->off)
+      j->inode->landed.store(j->off, std::memory_order_release);
   }
   j->generated = j->pos >= j->end;
   j->begun = true;
@@ -77,6 +82,7 @@ bool Reactor::end_write(Job* j) {
   if (good > j->off) {
     j->result = int64_t(good - j->off);
     j->inode->wrote(good, now_ns());
+    note_landed(j->inode);
   }
   if (j->err == 0 || j->end <= j->inode->size.load(std::memory_order_relaxed)) return true;
   // Pieces after the failed one may be stored beyond the end of the file: growing it would bring them to light.
@@ -87,6 +93,32 @@ bool Reactor::end_write(Job* j) {
   j->type = Job::Type::Truncate;
   enter(j);
   return false;
+}
+
+// How far the file may be said to reach, once the journal has what the store has done so far: the daemon stores the size
+// elsewhere, and a crash must not leave it without the bytes. Bound: a handful per operation of the time that the journal
+// takes, a few milliseconds.
+void Reactor::note_landed(const InodeRef& inode) {
+  const uint64_t landed = inode->landed.load(std::memory_order_relaxed);
+  const uint64_t upto =
+      std::min(inode->size.load(std::memory_order_relaxed), write_back_.first_held(inode->ino, landed / kFileChunk));
+  if (upto <= landed) return;
+  const Landing now{store_->logged(), upto, inode->cuts, inode};
+  if (!landing_.empty() && landing_.back().inode == inode && landing_.back().seq == now.seq) {
+    landing_.back() = now;
+  } else {
+    landing_.push_back(now);
+  }
+}
+
+void Reactor::advance_landed() {
+  const uint64_t written = store_->written();
+  if (written == UINT64_MAX) return landing_.clear();
+  for (; !landing_.empty() && landing_.front().seq <= written; landing_.pop_front()) {
+    const Landing& l = landing_.front();
+    if (l.cuts != l.inode->cuts || l.upto <= l.inode->landed.load(std::memory_order_relaxed)) continue;
+    l.inode->landed.store(l.upto, std::memory_order_release);
+  }
 }
 
 void Reactor::ask_drop(const InodeRef& inode) {

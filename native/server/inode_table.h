@@ -17,11 +17,10 @@ namespace kvfs {
 struct Job;
 
 struct Inode {
-  explicit Inode(uint64_t i, uint64_t s) : ino(i), size(s) {}
+  explicit Inode(uint64_t i, uint64_t s) : ino(i), size(s), landed(s) {}
   const uint64_t ino;
-  std::atomic<uint64_t> size;  // bytes; changed by the reactor only, after creation
-  // Bytes from here on may not be in the store yet; UINT64_MAX: all are. Set by the reactor before `size` grows.
-  std::atomic<uint64_t> unlanded{UINT64_MAX};
+  std::atomic<uint64_t> size;           // bytes; changed by the reactor only, after creation
+  std::atomic<uint64_t> landed;         // a size whose bytes are in the store and its journal, see note_landed()
   std::atomic<uint64_t> written_ns{0};  // time of the last write, until somebody takes it; 0 = none since
   // The kernel may hold pages or attributes of it. Set before what it is given is looked up; a client's write that finds
   // it set has them dropped before it completes.
@@ -35,6 +34,7 @@ struct Inode {
   // The reactor's. Writes run side by side, a truncation alone, in order of arrival.
   uint32_t jobs = 0;     // writes and truncations begun or held back
   uint32_t writers = 0;  // begun
+  uint32_t cuts = 0;     // truncations
   bool exclusive = false;
   std::deque<Job*> held;
   bool dropping = false;  // the kernel's copies are being dropped for the writes in drop_now

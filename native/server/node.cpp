@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -360,7 +361,7 @@ int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
 
 int kvfs_node_inode_landed(kvfs_node* n, uint64_t ino) {
   InodeRef i = n->inodes.find(ino);
-  return i ? int(i->unlanded.load(std::memory_order_acquire) == UINT64_MAX) : -ENOENT;
+  return i ? int(i->landed.load(std::memory_order_acquire) >= i->size.load(std::memory_order_acquire)) : -ENOENT;
 }
 
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns) {
@@ -368,10 +369,7 @@ int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
   if (!i) return -ENOENT;
   // The time first: a write that finishes between the two is seen again next time, never lost.
   *written_ns = i->written_ns.exchange(0, std::memory_order_acq_rel);
-  // The size before the mark: bytes that came in between are below a mark that is seen.
-  *size = i->size.load(std::memory_order_acquire);
-  const uint64_t unlanded = i->unlanded.load(std::memory_order_acquire);
-  if (unlanded < *size) *size = unlanded;
+  *size = std::min(i->size.load(std::memory_order_acquire), i->landed.load(std::memory_order_acquire));
   return 0;
 }
 

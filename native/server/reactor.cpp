@@ -116,6 +116,7 @@ void Reactor::run() {
     }
     if (fuse_ != nullptr) fuse_->pump();
     job_ready_ = false;
+    advance_landed();
     if (step_jobs()) job_ready_ = true;  // a step may also let an earlier job go on
     const bool stopping = stop_.load(std::memory_order_relaxed);
     if (stopping) write_back_.kick_all();
@@ -462,7 +463,7 @@ void Reactor::landed(void* self, Job* j, int64_t err) {
 
 void Reactor::moved(void* self, uint64_t ino) {
   auto* r = static_cast<Reactor*>(self);
-  if (InodeRef i = r->inodes_->find(ino)) i->unlanded.store(r->write_back_.first_held(ino), std::memory_order_release);
+  if (InodeRef i = r->inodes_->find(ino)) r->note_landed(i);
 }
 
 void Reactor::close_fuse(std::function<void()> done) {

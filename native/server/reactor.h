@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -111,6 +112,7 @@ struct Job {
   bool generated = false;
   uint32_t flushes = 0;                   // of dirty pages, that it waits for
   bool drained = false;                   // has waited for them
+  bool logging = false;                   // waits for the journal
   Request::Op last = Request::Op::Flush;  // Sync: what follows the flushes
   // Writes and truncations, which take turns on the inode: see enter().
   bool is_write = false;  // whatever phase it is in
@@ -193,6 +195,8 @@ class Reactor {
   void begin_alone(Job* j);
   bool end_write(Job* j);
   bool settle(Job* j);
+  void note_landed(const InodeRef& inode);
+  void advance_landed();
   void ask_drop(const InodeRef& inode);
   void step_range(Job* j);
   void step_chunks(Job* j);
@@ -232,6 +236,12 @@ class Reactor {
     Job* job = nullptr;  // an fsync; null: the inode's drop
   };
   std::unordered_map<uint64_t, Asked> asked_;  // by upcall
+  struct Landing {
+    uint64_t seq, upto;  // when the journal is written up to seq, `landed` may be upto
+    uint32_t cuts;       // unless the inode was truncated since
+    InodeRef inode;
+  };
+  std::deque<Landing> landing_;
   bool upcalls_ended_ = false;
   int post_fd_ = -1;
   int poll_handle_ = -1;

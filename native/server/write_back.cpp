@@ -73,11 +73,11 @@ DirtyChunk* WriteBack::find(uint64_t ino, uint64_t index) const {
   return c == i->second.end() ? nullptr : c->second.get();
 }
 
-uint64_t WriteBack::first_held(uint64_t ino) const {
+uint64_t WriteBack::first_held(uint64_t ino, uint64_t from) const {
   const auto i = inodes_.find(ino);
   if (i == inodes_.end()) return UINT64_MAX;
-  for (const auto& [index, c] : i->second) {
-    if (c->dirty != 0 || c->flushing) return index * kFileChunk;  // others are only kept for a reader
+  for (auto c = i->second.lower_bound(from); c != i->second.end(); ++c) {
+    if (!c->second->only_kept()) return c->first * kFileChunk;
   }
   return UINT64_MAX;
 }

@@ -52,7 +52,7 @@ class WriteBack {
   static constexpr unsigned kFlushes = 32;
   static constexpr uint64_t kMaxAgeNs = 500'000'000;
 
-  // `landed(job, err)`: one flush that the job waits for is over. `moved(ino)`: first_held(ino) may have grown.
+  // `landed(job, err)`: one flush that the job waits for is over. `moved(ino)`: first_held() of it may have grown.
   struct Listener {
     void* owner;
     void (*landed)(void* owner, Job* j, int64_t err);
@@ -73,8 +73,8 @@ class WriteBack {
   // Whether the store has space for one more chunk beside those that wait.
   bool safe() const;
 
-  // The inode's bytes before it are in the store; UINT64_MAX: all are.
-  uint64_t first_held(uint64_t ino) const;
+  // The inode's bytes from chunk `from` up to it are in the store; UINT64_MAX: all are.
+  uint64_t first_held(uint64_t ino, uint64_t from = 0) const;
 
   DirtyChunk* find(uint64_t ino, uint64_t index) const;
   static bool covers(const DirtyChunk& c, uint32_t off, uint32_t len);

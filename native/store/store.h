@@ -137,6 +137,10 @@ class Store {
   virtual StoreStats stats() const = 0;
   // Bytes that writes surely find, whatever their sizes; 0 when read-only.
   virtual uint64_t room() const = 0;
+  // What is acknowledged now survives the process's end once written() is at least what logged() says now. UINT64_MAX:
+  // nothing will be written any more.
+  virtual uint64_t logged() const = 0;
+  virtual uint64_t written() const = 0;
 };
 
 }  // namespace kvfs

@@ -103,6 +103,8 @@ class StoreImpl final : public Store {
             const std::function<bool(const ChunkInfo&)>& fn) override;
   StoreStats stats() const override;
   uint64_t room() const override;
+  uint64_t logged() const override { return last_seq(); }
+  uint64_t written() const override { return failed_ != 0 ? UINT64_MAX : written_seq_; }
 
  private:
   friend struct ReadOp;
