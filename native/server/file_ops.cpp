@@ -270,12 +270,12 @@ bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char
 bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem) {
   const bool whole = len == kFileChunk && j->ring->session != nullptr;
   DirtyChunk* dirty = write_back_.find(j->ino, index);
-  if (j->lender != nullptr && dirty == nullptr && len == kFileChunk && uintptr_t(mem) % kDirtyPage == 0 &&
-      write_back_.safe()) {
+  const bool safe = write_back_.safe();
+  if (j->lender != nullptr && dirty == nullptr && len == kFileChunk && uintptr_t(mem) % kDirtyPage == 0 && safe) {
     write_back_.adopt(j->ino, index, mem, j->lender, monotonic_ns());
     return true;
   }
-  if ((j->flags & Request::kDurable) == 0 && !whole && (dirty != nullptr || write_back_.safe())) {
+  if ((j->flags & Request::kDurable) == 0 && !whole && safe) {
     switch (write_back_.take(j->ino, index, in, len, mem, monotonic_ns())) {
       case WriteBack::Taken::Yes:
         return true;
@@ -287,6 +287,7 @@ bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, cha
     }
   }
   if (dirty != nullptr) write_back_.await_chunk(dirty, j);  // in the order of acknowledgement
+  if (!safe && j->flushes == 0) write_back_.await_all(j);  // what was acknowledged gets its space first
   if (j->flushes != 0) return false;
   return issue(j, Request::Op::Write, file_key(j->ino, index), in, len, mem);
 }

@@ -249,6 +249,7 @@ void WriteBack::queue(DirtyChunk* c) {
 }
 
 void WriteBack::tick(uint64_t now_ns) {
+  if (oldest_ != nullptr && !safe()) kick_all();
   while (oldest_ != nullptr && now_ns >= oldest_->since_ns + kMaxAgeNs) queue(oldest_);
   while (oldest_ != nullptr && pages_used_ > page_limit_ / 2 && queue_.size() < buffers_.size()) queue(oldest_);
   while (!queue_.empty() && !buffers_.empty()) {

@@ -279,7 +279,9 @@ TEST_F(NodeWriteBack, LandingIncludesTheJournal) {
     const uint8_t flags = i % 2 == 0 ? 0 : KVFS_SQE_DURABLE;
     const uint64_t before = stats().journal_groups;
     ASSERT_EQ(write(i * 100, text(11, 0, 100), flags), 100);
-    if (flags == 0) EXPECT_EQ(take(), i * 100);
+    if (flags == 0) {
+      EXPECT_EQ(take(), i * 100);
+    }
     ASSERT_EQ(own(KVFS_OP_INODE_LAND), 0);
     EXPECT_GT(stats().journal_groups, before);
     EXPECT_EQ(take(), i * 100 + 100);
@@ -355,13 +357,23 @@ TEST_F(NodeWriteBack, AStopLosesNothing) {
   EXPECT_EQ(read(100, 277777), text(9, 100, 277777));
 }
 
-// Where space is short write() itself fails, and whatever it took is stored.
+// Where space is short write() itself fails, and whatever it took is stored: pages of many chunks too, that still wait when
+// the rest of the space is written straight to the store.
 TEST_F(NodeWriteBack, NoSpaceIsToldByTheWrite) {
-  open();
+  constexpr uint64_t kFull = 42, kScattered = 43;
+  for (const uint64_t ino : {kFull, kScattered}) ASSERT_EQ(kvfs_node_inode_open(node_, ino, 0), 0);
   std::mt19937_64 rng(4);
-  uint64_t at = 0;
+  uint64_t at = 0, scattered = 0;
+  bool short_of_space = false;
   for (int failures = 0; failures < 3;) {
-    const size_t n = failures == 0 ? 60000 : 1 + rng() % 3000;
+    ino_ = kScattered;
+    if (!short_of_space) {
+      const uint64_t before = stats().dirty_bytes;
+      if (write(scattered * kChunk, text(12, scattered, 10)) == 10) ++scattered;
+      short_of_space = at > (100u << 20) && stats().dirty_bytes <= before;
+    }
+    ino_ = kFull;
+    const size_t n = failures != 0 ? 1 + rng() % 3000 : short_of_space ? 1u << 20 : 200000;
     const int64_t done = write(at, text(10, at, n));
     ASSERT_TRUE(done == -ENOSPC || done > 0) << done;
     if (done > 0) at += uint64_t(done);
@@ -369,7 +381,12 @@ TEST_F(NodeWriteBack, NoSpaceIsToldByTheWrite) {
   }
   EXPECT_GT(at, 100u << 20);
   ASSERT_EQ(uint64_t(kvfs_node_inode_size(node_, ino_)), at);
-  EXPECT_EQ(own(KVFS_OP_INODE_FSYNC), 0);
+  for (const uint64_t ino : {kFull, kScattered}) {
+    ino_ = ino;
+    EXPECT_EQ(own(KVFS_OP_INODE_FSYNC), 0);
+  }
+  for (uint64_t i = 0; i < scattered; ++i) ASSERT_EQ(read(i * kChunk, 10), text(12, i, 10)) << i;
+  ino_ = kFull;
   for (uint64_t i = 0; i < at; i += 1u << 20) {
     const auto n = size_t(std::min<uint64_t>(1u << 20, at - i));
     ASSERT_TRUE(read(i, n) == text(10, i, n)) << i;
