@@ -287,7 +287,7 @@ bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, cha
     }
   }
   if (dirty != nullptr) write_back_.await_chunk(dirty, j);  // in the order of acknowledgement
-  if (!safe && j->flushes == 0) write_back_.await_all(j);  // what was acknowledged gets its space first
+  if (!safe && j->flushes == 0) write_back_.await_all(j);   // what was acknowledged gets its space first
   if (j->flushes != 0) return false;
   return issue(j, Request::Op::Write, file_key(j->ino, index), in, len, mem);
 }
