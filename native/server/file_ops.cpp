@@ -250,8 +250,7 @@ void Reactor::piece_done(Op* op) {
 }
 
 bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem, uint32_t* holes) {
-  DirtyChunk* dirty = write_back_.find(j->ino, index);
-  if (dirty != nullptr && dirty->only_kept()) dirty = nullptr;
+  DirtyChunk* dirty = write_back_.find_newer(j->ino, index);
   if (dirty != nullptr && WriteBack::covers(*dirty, in, len)) {
     WriteBack::overlay(*dirty, in, len, mem);
     return true;

@@ -73,6 +73,11 @@ DirtyChunk* WriteBack::find(uint64_t ino, uint64_t index) const {
   return c == i->second.end() ? nullptr : c->second.get();
 }
 
+DirtyChunk* WriteBack::find_newer(uint64_t ino, uint64_t index) const {
+  DirtyChunk* c = find(ino, index);
+  return c != nullptr && c->only_kept() ? nullptr : c;
+}
+
 uint64_t WriteBack::first_held(uint64_t ino, uint64_t from) const {
   const auto i = inodes_.find(ino);
   if (i == inodes_.end()) return UINT64_MAX;

@@ -77,6 +77,8 @@ class WriteBack {
   uint64_t first_held(uint64_t ino, uint64_t from = 0) const;
 
   DirtyChunk* find(uint64_t ino, uint64_t index) const;
+  // The same for a read: null also if the store has it all.
+  DirtyChunk* find_newer(uint64_t ino, uint64_t index) const;
   static bool covers(const DirtyChunk& c, uint32_t off, uint32_t len);
   // Lays what is held of [off, off + len) over `dst`, which begins at off.
   static void overlay(const DirtyChunk& c, uint32_t off, uint32_t len, char* dst);

@@ -286,6 +286,12 @@ TEST_F(NodeWriteBack, LandingIncludesTheJournal) {
     EXPECT_GT(stats().journal_groups, before);
     EXPECT_EQ(take(), i * 100 + 100);
   }
+  for (uint64_t i = 1; i < 20; ++i) {  // full chunks go at once
+    const uint64_t before = stats().journal_groups;
+    ASSERT_EQ(write(i * kChunk, text(11, 0, kChunk)), int64_t(kChunk));
+    while (take() < (i + 1) * kChunk) usleep(20);
+    EXPECT_GT(stats().journal_groups, before);
+  }
   ASSERT_EQ(own(KVFS_OP_INODE_TRUNCATE, 50), 0);
   EXPECT_EQ(take(), 50u);
   ASSERT_EQ(write(1000, text(11, 0, 100)), 100);

@@ -230,9 +230,11 @@ TEST(WriteBack, AReaderKeepsWhatIsLaidOverItsBytes) {
 TEST(WriteBack, NothingIsTakenIntoWhatIsKeptForAReader) {
   Driver d(7);
   ASSERT_EQ(d.take(1, 0, 0, pattern(10, 5000)), WriteBack::Taken::Yes);
-  DirtyChunk* c = d.wb->find(1, 0);
+  DirtyChunk* c = d.wb->find_newer(1, 0);
+  ASSERT_NE(c, nullptr);
   WriteBack::pin(c);
   EXPECT_EQ(d.flush(1), 0);
+  EXPECT_EQ(d.wb->find_newer(1, 0), nullptr) << "a read is the store's alone";
   Bytes direct = pattern(11, kFileChunk);
   ASSERT_EQ(d.h.write(file_key(1, 0), 0, direct), int64_t(kFileChunk));
   const Bytes late = pattern(12, 10);
@@ -556,8 +558,7 @@ class Random {
     const uint64_t ino = rng_.below(kInos), index = rng_.below(kChunks), n = ino * kChunks + index;
     uint32_t off, len;
     range(&off, &len);
-    DirtyChunk* c = d_.wb->find(ino, index);
-    if (c != nullptr && c->only_kept()) c = nullptr;
+    DirtyChunk* c = d_.wb->find_newer(ino, index);
     if (c != nullptr && WriteBack::covers(*c, off, len)) {
       if (!direct_on(n, off, len)) {
         ASSERT_EQ(held(*c, off, len), slice(chunk(ino, index), off, off + len));
