@@ -376,6 +376,10 @@ class DataPlane:
         """Drops every block of the namespace."""
         check(await self._call(lib.KVFS_OP_NS_DELETE, handle=ns_id), f"delete blocks of namespace {ns_id}")
 
+    def space_short(self) -> bool:
+        """So little space is left that every byte which is freed is wanted at once."""
+        return lib.kvfs_node_space_short(self._node) == 1
+
     def stats(self) -> dict[str, int]:
         out = ffi.new("struct kvfs_node_stats*")
         check(lib.kvfs_node_stats(self._node, out), "stats")

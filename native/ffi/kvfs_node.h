@@ -72,6 +72,8 @@ int kvfs_node_reap(kvfs_node* n, struct kvfs_cqe* out, int max);
 int64_t kvfs_node_call(kvfs_node* n, const struct kvfs_sqe* sqe, uint64_t timeout_ns);
 
 int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out);
+/* 1: so little space is left that every byte which is freed is wanted at once. */
+int kvfs_node_space_short(kvfs_node* n);
 
 /* Makes a namespace known. uid: who may open it besides 0 and the daemon's own; KVFS_ANY_UID = everybody admitted. */
 int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_t ns_id, int evictable, uint32_t uid);

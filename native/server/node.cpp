@@ -469,6 +469,8 @@ int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev) {
   return 0;
 }
 
+int kvfs_node_space_short(kvfs_node* n) { return n->reactor->space_short() ? 1 : 0; }
+
 int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   auto box = std::make_shared<Box<std::pair<StoreStats, ReactorStats>>>();
   Reactor* r = n->reactor;

@@ -122,6 +122,7 @@ void Reactor::run() {
     if (stopping) write_back_.kick_all();
     const uint64_t now = monotonic_ns();
     write_back_.tick(now);
+    space_short_.store(!write_back_.safe(), std::memory_order_relaxed);
     store_->tick(now);
     publish();
     run_closing();

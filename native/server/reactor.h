@@ -171,6 +171,7 @@ class Reactor {
     write_back_.kick(ino);
     return write_back_.take_error(ino);
   }
+  bool space_short() const { return space_short_.load(std::memory_order_relaxed); }  // any thread
   const ReactorStats& stats() const { return stats_; }
   const WriteBack& write_back() const { return write_back_; }
   Store* store() { return store_; }
@@ -250,6 +251,7 @@ class Reactor {
   std::vector<std::function<void()>> posted_;
   std::atomic<bool> has_posted_{false};
   std::atomic<bool> stop_{false};
+  std::atomic<bool> space_short_{false};
 
   std::vector<Ring*> rings_;
   std::vector<std::function<bool()>> closing_;  // each tries to finish; true: done

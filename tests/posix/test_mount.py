@@ -285,7 +285,9 @@ def test_data_of_no_file_is_dropped_at_start(mounted: Mounted) -> None:
 def test_a_file_opened_again_while_it_is_stored_keeps_its_size(mounted: Mounted) -> None:
     piece = content(70_001)
     for number in range(60):
-        with open(mounted.root / f"f{number % 3}", "ab") as file:  # the last close of the same file may still be under way
+        with open(
+            mounted.root / f"f{number % 3}", "ab"
+        ) as file:  # the last close of the same file may still be under way
             file.write(piece)
     assert mounted.stop() == 0, mounted.log.read_text()
     mounted.start()

@@ -128,5 +128,7 @@ class Channel:
             self.node.fuse_stop()
         self.session.close()
         self.requests.close()
-        os.close(self.kernel)
+        if self.kernel >= 0:
+            os.close(self.kernel)
+            self.kernel = -1
         log.debug("channel closed")

@@ -116,6 +116,8 @@ class OpenFiles:
         return later
 
     def _drop_data(self, ino: int, size: int) -> Awaitable[None] | None:
+        if self.data.space_short():  # who removed it may want its space at once
+            return self._reclaim([(ino, size)])
         try:
             self._send.send_nowait((ino, size))
         except trio.WouldBlock:
@@ -280,14 +282,17 @@ class OpenFiles:
             with contextlib.suppress(trio.WouldBlock):
                 while len(batch) < RECLAIM_BATCH:
                     batch.append(self._receive.receive_nowait())
-            try:
-                self.tree.flush()
-                await self.data.delete_many(batch)
-                self.tree.reclaim_many([ino for ino, _ in batch])
-            except Exception:
-                log.exception(
-                    "removed files' data not dropped; the next mount does it", first=first[0], files=len(batch)
-                )
+            await self._reclaim(batch)
+
+    async def _reclaim(self, batch: list[tuple[int, int]]) -> None:
+        try:
+            self.tree.flush()
+            await self.data.delete_many(batch)
+            self.tree.reclaim_many([ino for ino, _ in batch])
+        except Exception:
+            log.exception(
+                "removed files' data not dropped; the next mount does it", first=batch[0][0], files=len(batch)
+            )
 
     async def recover(self) -> None:
         """Finishes truncations and removals that a crash or an unmount interrupted. Before anything is served."""
