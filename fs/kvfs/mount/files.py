@@ -61,7 +61,7 @@ class OpenFiles:
         self._invalidate = invalidate
         self._open: dict[int, OpenFile] = {}
         self._lingering: dict[int, OpenFile] = {}
-        """Closed here, but still held by a client's file handle."""
+        """Closed here, but its bytes are on their way to the store, or a client's file handle holds it."""
         self._syncing = trio.Lock()
         self._synced = -1
         self._droppers = trio.CapacityLimiter(DROPPERS)
