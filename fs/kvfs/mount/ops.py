@@ -225,7 +225,8 @@ class MountOps(pyfuse3.Operations):
             file = self.files.held(self.tree.lookup(parent_inode_old, name_old).ino)
             if file is not None:
                 await self.data.land(file.ino)
-                self.files.persist(file)
+                if self.files.held(file.ino) is file:  # else its last close has been stored meanwhile
+                    self.files.persist(file)
         done = self.tree.rename(
             parent_inode_old, name_old, parent_inode_new, name_new, flags, keep=self._open_dirs.__contains__
         )
