@@ -120,7 +120,9 @@ class Run {
         KVFS_CHECK(answers_ + passed_ + dropped_ == asked_ + relayed_);
       ending_ = true;
       reactor_.close_fuse([this] { ended_ = true; });
-    } else if (ended_ && world().dev.inflight() == 0) {
+    } else if (!ended_ || !reactor_.write_back().empty()) {
+      reactor_.closed(kOpen);  // what was written goes to the store, while there are turns that poll the device
+    } else if (world().dev.inflight() == 0) {
       channel_.reset();
       return reactor_.stop();
     }
