@@ -45,8 +45,8 @@ struct kvfs_node_stats {
 
 #define KVFS_UPCALL_NAMESPACE 1u /* a client opens namespace (tenant, name) that kvfs_node_ns_put has not named yet */
 #define KVFS_UPCALL_DROP 2u      /* a client wrote to inode `ino`: the kernel's pages and attributes of it must go */
-#define KVFS_UPCALL_UNMOUNTED 4u /* the kernel has ended the connection of kvfs_node_fuse_start */
 #define KVFS_UPCALL_STORE 3u     /* a client's fsync: size and times of inode `ino` must be made durable */
+#define KVFS_UPCALL_UNMOUNTED 4u /* the kernel has ended the connection of kvfs_node_fuse_start */
 
 struct kvfs_upcall {
   uint64_t id;
@@ -97,7 +97,7 @@ int kvfs_node_inode_show(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* w
 int kvfs_node_inode_landed(kvfs_node* n, uint64_t ino);
 /* For whoever stores it: the time is taken, and the size is that of the bytes which are in the store. */
 int kvfs_node_inode_take(kvfs_node* n, uint64_t ino, uint64_t* size, uint64_t* written_ns);
-/* There are no more of security.capability than the kernel was told. */
+/* Whether it is known to have no security.capability, for which the kernel asks before each write. */
 int kvfs_node_inode_no_capability(kvfs_node* n, uint64_t ino, int on);
 int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev);
 

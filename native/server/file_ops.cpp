@@ -12,15 +12,6 @@ namespace {
 constexpr uint32_t kLookupsPerStep = 1024;  // chunks looked up per job and turn
 constexpr uint32_t kHolesPerStep = 64;      // missing chunks zero-filled per job and turn
 
-ChunkKey file_key(uint64_t ino, uint64_t index) {
-  ChunkKey k;
-  k.kind = Kind::File;
-  k.key_len = 16;
-  memcpy(k.id, &ino, 8);
-  memcpy(k.id + 8, &index, 8);
-  return k;
-}
-
 uint64_t key_u64(const uint8_t* p) {
   uint64_t v;
   memcpy(&v, p, 8);
@@ -271,7 +262,7 @@ bool Reactor::write_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, cha
   DirtyChunk* dirty = write_back_.find(j->ino, index);
   const bool safe = write_back_.safe();
   if (j->lender != nullptr && dirty == nullptr && len == kFileChunk && uintptr_t(mem) % kDirtyPage == 0 && safe) {
-    write_back_.adopt(j->ino, index, mem, j->lender, monotonic_ns());
+    write_back_.adopt(j->ino, index, mem, j->lender);
     return true;
   }
   if ((j->flags & Request::kDurable) == 0 && !whole && safe) {
@@ -390,6 +381,28 @@ void Reactor::step_scan(Job* j) {
   }
 }
 
+// What is dirty goes first, then what the operation asks of the store.
+void Reactor::step_settling(Job* j) {
+  if (!j->drained) {
+    j->drained = true;
+    if (j->type == Job::Type::Sync) {
+      write_back_.await_all(j);
+    } else {
+      write_back_.await_inode(j->ino, j);
+    }
+    if (j->type == Job::Type::Fsync) j->err = write_back_.take_error(j->ino);
+    if (j->flushes != 0) return;
+  }
+  if (j->type == Job::Type::Land) {
+    if (!j->logging) j->cursor = store_->logged();
+    j->logging = store_->written() < j->cursor;
+    j->generated = !j->logging;
+  } else if (j->err == 0) {
+    const bool file = j->type == Job::Type::Fsync;
+    j->generated = issue(j, j->last, file ? file_key(j->ino, 0) : ChunkKey{}, 0, 0, nullptr);
+  }
+}
+
 bool Reactor::step(Job* j) {
   if (j->held || j->asked || j->flushes != 0) return false;
   if (j->alone && !j->begun) {
@@ -421,27 +434,9 @@ bool Reactor::step(Job* j) {
         break;
       case Job::Type::Fsync:
       case Job::Type::Land:
-        if (!j->drained) {
-          j->drained = true;
-          write_back_.await_inode(j->ino, j);
-          if (j->type == Job::Type::Fsync) j->err = write_back_.take_error(j->ino);
-          if (j->flushes != 0) return false;
-        }
-        if (j->type == Job::Type::Land) {
-          if (!j->logging) j->cursor = store_->logged();
-          j->logging = store_->written() < j->cursor;
-          j->generated = !j->logging;
-        } else if (j->err == 0) {
-          j->generated = issue(j, Request::Op::Flush, file_key(j->ino, 0), 0, 0, nullptr);
-        }
-        break;
       case Job::Type::Sync:
-        if (!j->drained) {
-          j->drained = true;
-          write_back_.await_all(j);
-          if (j->flushes != 0) return false;
-        }
-        if (j->err == 0) j->generated = issue(j, j->last, ChunkKey{}, 0, 0, nullptr);
+        step_settling(j);
+        if (j->flushes != 0) return false;  // whatever has failed already: they still point here
         break;
     }
   }

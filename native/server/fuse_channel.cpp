@@ -271,8 +271,6 @@ void FuseChannel::pass_on(Slot* s) {
     room_poll_ = uring_->add_poll(to, on_room, this, POLLOUT);
     if (room_poll_ >= 0) return;
     blocked_ = nullptr;
-    n = -1;
-    errno = ENOBUFS;
   }
   // A daemon that takes nothing any more is about to end; nobody is left waiting for it.
   const bool answers = s->head.in.opcode != FUSE_FORGET && s->head.in.opcode != FUSE_BATCH_FORGET;

@@ -1,7 +1,5 @@
 // fuse_read_ahead.cpp owns reading ahead for those who read a file of the mount in order: with O_DIRECT the kernel asks for one
 // piece after the other, and the disk would idle in between.
-#include <algorithm>
-
 #include "../store/check.h"
 #include "fuse_channel.h"
 

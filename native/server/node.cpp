@@ -89,6 +89,14 @@ struct Box {
   }
 };
 
+// What f, run by the reactor between two turns, returns.
+template <typename F>
+auto in_reactor(Reactor* r, F f) {
+  auto box = std::make_shared<Box<decltype(f())>>();
+  r->post([box, f] { box->set(f()); });
+  return box->get();
+}
+
 // A descriptor that lives as long as somebody uses it.
 struct SharedFd {
   explicit SharedFd(int f) : fd(f) {}
@@ -386,13 +394,11 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
   auto made = std::make_unique<FuseChannel>(kernel, daemon, n->reactor, n->ring, &n->inodes, &n->upcalls);
   if (notify->fd < 0) return fail({errno, "no descriptor for the mount's notifications"}, err, err_len);
   if (n->fuse) return fail({EBUSY, "this node serves a mount already"}, err, err_len);
-  auto started = std::make_shared<Box<Status>>();
-  n->reactor->post([r = n->reactor, c = made.get(), started] {
-    Status s = c->init();
-    if (s.err == 0) r->set_fuse(c);
-    started->set(s);
+  Status s = in_reactor(n->reactor, [r = n->reactor, c = made.get()] {
+    Status made = c->init();
+    if (made.err == 0) r->set_fuse(c);
+    return made;
   });
-  Status s = started->get();
   if (s.err != 0) return fail(s, err, err_len);
   n->fuse = std::move(made);
   std::lock_guard<std::mutex> g(n->notify_mu);
@@ -404,12 +410,7 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
 int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes) {
   SharedFd owned(direct);
   if (!n->fuse) return -ENOENT;
-  auto done = std::make_shared<Box<bool>>();
-  n->reactor->post([c = n->fuse.get(), direct, opcodes, done] {
-    c->set_direct(direct, opcodes);
-    done->set(true);
-  });
-  done->get();
+  in_reactor(n->reactor, [c = n->fuse.get(), direct, opcodes] { return c->set_direct(direct, opcodes), true; });
   owned.fd = -1;
   return 0;
 }
@@ -472,16 +473,14 @@ int kvfs_node_set_mount(kvfs_node* n, uint64_t st_dev) {
 int kvfs_node_space_short(kvfs_node* n) { return n->reactor->space_short() ? 1 : 0; }
 
 int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
-  auto box = std::make_shared<Box<std::pair<StoreStats, ReactorStats>>>();
-  Reactor* r = n->reactor;
-  auto rings = std::make_shared<size_t>(0);
-  auto dirty = std::make_shared<uint64_t>(0);
-  r->post([r, box, rings, dirty] {
-    *rings = r->ring_count();
-    *dirty = r->write_back().dirty_bytes();
-    box->set({r->store()->stats(), r->stats()});
+  struct Counted {
+    StoreStats store;
+    ReactorStats reactor;
+    uint64_t rings, dirty_bytes;
+  };
+  const auto [s, rs, rings, dirty_bytes] = in_reactor(n->reactor, [r = n->reactor] {
+    return Counted{r->store()->stats(), r->stats(), r->ring_count(), r->write_back().dirty_bytes()};
   });
-  auto [s, rs] = box->get();
   memset(out, 0, sizeof *out);
 #define COPY(f) out->f = s.f
   COPY(chunks);
@@ -519,8 +518,8 @@ int kvfs_node_stats(kvfs_node* n, struct kvfs_node_stats* out) {
   out->broken_rings = rs.broken_rings;
   out->sleeps = rs.sleeps;
   out->turns = rs.turns;
-  out->rings = *rings;
-  out->dirty_bytes = *dirty;
+  out->rings = rings;
+  out->dirty_bytes = dirty_bytes;
   if (n->control) {
     ControlStats& c = n->control->stats();
     out->sessions = c.sessions;

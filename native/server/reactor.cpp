@@ -8,7 +8,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <climits>
 
 #include "../store/check.h"
@@ -148,7 +147,7 @@ bool Reactor::work_waiting() {
 // Spins only while spinning pays: a spin that found work earns credit, one that did not costs more. Without credit one
 // idle round in 64 tries again.
 bool Reactor::spin() {
-  if (rings_.empty() || std::min(store_->deadline_ns(), write_back_.deadline_ns()) <= monotonic_ns()) return false;
+  if (rings_.empty() || deadline_ns() <= monotonic_ns()) return false;
   ++idle_rounds_;
   // A little always: a client that has just been answered is often back before we could fall asleep.
   uint64_t end = monotonic_ns() + (spin_credit_ > 0 || (idle_rounds_ & 63) == 0 ? kSpinNs : kShortSpinNs);
@@ -178,7 +177,7 @@ void Reactor::sleep() {
   }
   uint64_t timeout = 0;
   if (!work_waiting()) {
-    uint64_t deadline = std::min(store_->deadline_ns(), write_back_.deadline_ns()), now = monotonic_ns();
+    uint64_t deadline = deadline_ns(), now = monotonic_ns();
     timeout = deadline == UINT64_MAX ? UINT64_MAX : deadline > now ? deadline - now : 0;
     if (!closing_.empty() && timeout > 1000000) timeout = 1000000;
     // A full CQ is emptied without a wake from the client: look again soon while SQEs wait behind one.

@@ -3,6 +3,7 @@
 // from then on only the reactor touches them, until it hands them back through the `done` of close_*().
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -113,7 +114,7 @@ struct Job {
   uint32_t flushes = 0;                   // of dirty pages, that it waits for
   bool drained = false;                   // has waited for them
   bool logging = false;                   // waits for the journal
-  Request::Op last = Request::Op::Flush;  // Sync: what follows the flushes
+  Request::Op last = Request::Op::Flush;  // Fsync, Sync: what follows the flushes
   // Writes and truncations, which take turns on the inode: see enter().
   bool is_write = false;  // whatever phase it is in
   bool alone = false;     // a truncation, or a write that clears: has the inode to itself
@@ -203,6 +204,7 @@ class Reactor {
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
   void step_scan(Job* j);
+  void step_settling(Job* j);
   bool issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem,
              DirtyChunk* dirty = nullptr);
   bool read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char* mem, uint32_t* holes);
@@ -217,6 +219,7 @@ class Reactor {
   void publish();
   void wake(Ring* r, uint32_t how);
   bool work_waiting();
+  uint64_t deadline_ns() const { return std::min(store_->deadline_ns(), write_back_.deadline_ns()); }
   bool spin();
   void sleep();
   void run_posted();

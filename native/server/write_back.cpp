@@ -16,15 +16,6 @@ namespace kvfs {
 namespace {
 constexpr size_t kMaxErrors = 4096;  // inodes whose lost bytes are still to be reported
 
-ChunkKey key_of(const DirtyChunk& c) {
-  ChunkKey k;
-  k.kind = Kind::File;
-  k.key_len = 16;
-  memcpy(k.id, &c.ino, 8);
-  memcpy(k.id + 8, &c.index, 8);
-  return k;
-}
-
 // Calls f(page number, first byte, end) for the pages of [off, off + len), bytes counted within the page.
 template <typename F>
 bool each_page(uint32_t off, uint32_t len, F f) {
@@ -87,13 +78,12 @@ uint64_t WriteBack::first_held(uint64_t ino, uint64_t from) const {
   return UINT64_MAX;
 }
 
-DirtyChunk* WriteBack::make(uint64_t ino, uint64_t index, uint64_t now_ns) {
+DirtyChunk* WriteBack::make(uint64_t ino, uint64_t index) {
   auto& slot = inodes_[ino][index];
   if (!slot) {
     slot = std::make_unique<DirtyChunk>();
     slot->ino = ino;
     slot->index = index;
-    slot->since_ns = now_ns;
     ++chunks_;
   }
   return slot.get();
@@ -112,7 +102,7 @@ WriteBack::Taken WriteBack::take(uint64_t ino, uint64_t index, uint32_t off, uin
   });
   if (!joins) return Taken::Gap;
   if (pages_used_ + fresh > page_limit_) return Taken::NoRoom;
-  c = make(ino, index, now_ns);
+  c = make(ino, index);
   if (c->dirty == 0) c->since_ns = now_ns;
   each_page(off, len, [&](uint32_t k, uint32_t a, uint32_t b) {
     DirtyPage& p = c->pages[k];
@@ -137,14 +127,14 @@ WriteBack::Taken WriteBack::take(uint64_t ino, uint64_t index, uint32_t off, uin
   const auto whole = [](const DirtyPage& p) { return p.dirty && p.from == 0 && p.to == kDirtyPage; };
   if (c->dirty == kChunkPages && std::all_of(std::begin(c->pages), std::end(c->pages), whole)) {
     queue(c);  // nothing is gained by waiting
-  } else if (c->older == nullptr && c->younger == nullptr && oldest_ != c) {
+  } else if (!linked(c)) {
     link(c);
   }
   return Taken::Yes;
 }
 
-void WriteBack::adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender, uint64_t now_ns) {
-  DirtyChunk* c = make(ino, index, now_ns);
+void WriteBack::adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender) {
+  DirtyChunk* c = make(ino, index);
   KVFS_CHECK(c->held == 0 && !c->flushing && !c->queued);
   for (uint32_t k = 0; k < kChunkPages; ++k) c->pages[k] = {mem + k * kDirtyPage, 0, kDirtyPage, true};
   c->held = c->dirty = kChunkPages;
@@ -174,11 +164,7 @@ void WriteBack::overlay(const DirtyChunk& c, uint32_t off, uint32_t len, char* d
 void WriteBack::unpin(DirtyChunk* c) {
   KVFS_CHECK(c->readers != 0);
   --c->readers;
-  if (c->readers == 0 && !c->flushing) {  // who waits for the pages to go
-    std::vector<Job*> told;
-    told.swap(c->now);
-    for (Job* j : told) listener_.landed(listener_.owner, j, 0);
-  }
+  if (c->readers == 0 && !c->flushing) tell(&c->now, 0);  // who waits for the pages to go
   settle(c);
 }
 
@@ -218,6 +204,10 @@ void WriteBack::await_room(Job* j) {
   room_.push_back(j);
 }
 
+void WriteBack::tell(std::vector<Job*>* waiting, int64_t err) {
+  for (Job* j : std::exchange(*waiting, {})) listener_.landed(listener_.owner, j, err);
+}
+
 void WriteBack::kick(uint64_t ino) {
   const auto i = inodes_.find(ino);
   if (i == inodes_.end()) return;
@@ -239,7 +229,7 @@ void WriteBack::link(DirtyChunk* c) {
 }
 
 void WriteBack::unlink(DirtyChunk* c) {
-  if (c->older == nullptr && c->younger == nullptr && oldest_ != c) return;
+  if (!linked(c)) return;
   (c->older != nullptr ? c->older->younger : oldest_) = c->younger;
   (c->younger != nullptr ? c->younger->older : youngest_) = c->older;
   c->older = c->younger = nullptr;
@@ -299,12 +289,20 @@ void WriteBack::start(DirtyChunk* c) {
   }
   // Nothing may change the chunk in the store between our read and our write: this waits its turn behind what is under
   // way there (a truncation to more than it has changes nothing), and no other write sets out while we are on our way.
+  submit(f, Request::Op::Truncate, kFileChunk, 0, nullptr, on_turn);
+}
+
+void WriteBack::submit(Flush* f, Request::Op op, uint32_t off, uint32_t len, char* mem, RequestDone done) {
   Request& q = f->req;
   q = Request{};
-  q.op = Request::Op::Truncate;
-  q.key = key_of(*c);
-  q.off = kFileChunk;
-  q.done = on_turn;
+  q.op = op;
+  // A stream: it would only push others out of memory.
+  if (op == Request::Op::Write && len == kFileChunk) q.flags = Request::kNoTouch;
+  q.key = file_key(f->chunk->ino, f->chunk->index);
+  q.off = off;
+  q.len = len;
+  q.mem.ptr = mem;
+  q.done = done;
   q.owner = f;
   store_->submit(&q);
 }
@@ -313,16 +311,7 @@ void WriteBack::on_turn(Request* r) {
   auto* f = static_cast<Flush*>(r->owner);
   if (r->result < 0) return on_base(r);
   memset(f->buffer, 0, kFileChunk);
-  const ChunkKey key = r->key;
-  Request& q = f->req;
-  q = Request{};
-  q.op = Request::Op::Get;
-  q.key = key;
-  q.len = kFileChunk;
-  q.mem.ptr = f->buffer;
-  q.done = on_base;
-  q.owner = f;
-  f->owner->store_->submit(&q);
+  f->owner->submit(f, Request::Op::Get, 0, kFileChunk, f->buffer, on_base);
 }
 
 // What the store has is here: the new bytes go over it.
@@ -352,18 +341,7 @@ void WriteBack::set_out(DirtyChunk* c) {
 }
 
 void WriteBack::send(Flush* f, uint32_t off, uint32_t end, char* src) {
-  Request& q = f->req;
-  const ChunkKey key = key_of(*f->chunk);
-  q = Request{};
-  q.op = Request::Op::Write;
-  if (end - off == kFileChunk) q.flags = Request::kNoTouch;  // a stream: it would only push others out of memory
-  q.key = key;
-  q.off = off;
-  q.len = end - off;
-  q.mem.ptr = src;
-  q.done = on_written;
-  q.owner = f;
-  store_->submit(&q);
+  submit(f, Request::Op::Write, off, end - off, src, on_written);
 }
 
 void WriteBack::on_written(Request* r) {
@@ -377,15 +355,13 @@ void WriteBack::over(Flush* f, int64_t result) {
   buffers_.push_back(f);
   c->flushing = false;
   listener_.moved(listener_.owner, c->ino);
-  std::vector<Job*> told;
-  told.swap(c->now);
   if (result < 0) {
     ++lost_;
     bool reported = false;
-    for (const Job* j : told) reported = reported || j->type == Job::Type::Fsync || j->type == Job::Type::Sync;
+    for (const Job* j : c->now) reported = reported || j->type == Job::Type::Fsync || j->type == Job::Type::Sync;
     if (!reported && errors_.size() < kMaxErrors) errors_.try_emplace(c->ino, result);
   }
-  for (Job* j : told) listener_.landed(listener_.owner, j, result < 0 ? result : 0);
+  tell(&c->now, result < 0 ? result : 0);
   if (c->dirty != 0) {
     if (c->next.empty()) {
       link(c);
@@ -425,9 +401,7 @@ void WriteBack::cut(uint64_t ino, uint64_t size) {
     }
     if (c->dirty == 0) {
       unlink(c);
-      std::vector<Job*> told;
-      told.swap(c->next);
-      for (Job* j : told) listener_.landed(listener_.owner, j, 0);
+      tell(&c->next, 0);
     }
     settle(c);
   }
@@ -453,11 +427,7 @@ void WriteBack::settle(DirtyChunk* c) {
   for (uint32_t k = 0; k < kChunkPages; ++k) {
     if (c->pages[k].mem != nullptr && !c->pages[k].dirty) drop_page(c, k);
   }
-  if (!room_.empty() && pages_used_ < page_limit_) {
-    std::vector<Job*> told;
-    told.swap(room_);
-    for (Job* j : told) listener_.landed(listener_.owner, j, 0);
-  }
+  if (pages_used_ < page_limit_) tell(&room_, 0);
   if (c->held != 0) return;
   if (Lender* l = std::exchange(c->lender, nullptr); l != nullptr && --l->loans == 0) l->returned(l);
   if (c->queued) return;

@@ -69,7 +69,7 @@ class WriteBack {
   Taken take(uint64_t ino, uint64_t index, uint32_t off, uint32_t len, const char* src, uint64_t now_ns);
   // Takes a whole chunk without a copy: `mem`, aligned for the device, is the lender's and stays as it is until its loan is
   // over. Nothing is held of the chunk.
-  void adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender, uint64_t now_ns);
+  void adopt(uint64_t ino, uint64_t index, char* mem, Lender* lender);
   // Whether the store has space for one more chunk beside those that wait.
   bool safe() const;
 
@@ -117,9 +117,10 @@ class WriteBack {
   };
   using Chunks = std::map<uint64_t, std::unique_ptr<DirtyChunk>>;
 
-  DirtyChunk* make(uint64_t ino, uint64_t index, uint64_t now_ns);
+  DirtyChunk* make(uint64_t ino, uint64_t index);
   void queue(DirtyChunk* c);
   void start(DirtyChunk* c);
+  void submit(Flush* f, Request::Op op, uint32_t off, uint32_t len, char* mem, RequestDone done);
   void send(Flush* f, uint32_t off, uint32_t end, char* src);
   void gather(DirtyChunk* c, char* buffer, uint32_t off, uint32_t end);
   void set_out(DirtyChunk* c);
@@ -129,6 +130,8 @@ class WriteBack {
   void over(Flush* f, int64_t result);
   void drop_page(DirtyChunk* c, uint32_t k);
   void settle(DirtyChunk* c);
+  void tell(std::vector<Job*>* waiting, int64_t err);
+  bool linked(const DirtyChunk* c) const { return c->older != nullptr || c->younger != nullptr || oldest_ == c; }
   void link(DirtyChunk* c);
   void unlink(DirtyChunk* c);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -29,6 +30,15 @@ struct ChunkKey {
   bool operator==(const ChunkKey&) const = default;
 };
 static_assert(sizeof(ChunkKey) == 40);
+
+inline ChunkKey file_key(uint64_t ino, uint64_t index) {
+  ChunkKey k;
+  k.kind = Kind::File;
+  k.key_len = 16;
+  std::memcpy(k.id, &ino, 8);
+  std::memcpy(k.id + 8, &index, 8);
+  return k;
+}
 
 struct Request;
 using RequestDone = void (*)(Request*);

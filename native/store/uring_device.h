@@ -42,7 +42,8 @@ class Uring {
   int unregister_buffer(int idx);
 
   // Calls ready(owner, revents) from submit_and_wait whenever fd becomes readable, or whatever `events` says (multishot
-  // poll: edge-like, so the callback drains the fd). Returns a handle >= 0 or -errno. After remove_poll no call comes any more, at once.
+  // poll: edge-like, so the callback drains the fd). Returns a handle >= 0 or -errno. After remove_poll no call comes any
+  // more, at once.
   int add_poll(int fd, PollReady ready, void* owner, uint32_t events = POLLIN);
   void remove_poll(int handle);
 

@@ -24,15 +24,6 @@ ChunkKey key_for(uint64_t n, uint32_t ns = 7) {
   return k;
 }
 
-ChunkKey file_key(uint64_t inode, uint64_t chunk) {
-  ChunkKey k;
-  k.kind = Kind::File;
-  k.key_len = 16;
-  std::memcpy(k.id, &inode, 8);
-  std::memcpy(k.id + 8, &chunk, 8);
-  return k;
-}
-
 TEST(Index, RandomOperationsMatchAModel) {
   struct Hash {
     size_t operator()(const ChunkKey& k) const {

@@ -25,15 +25,6 @@ inline ChunkKey block_key(uint64_t n, uint32_t ns = 1) {
   return k;
 }
 
-inline ChunkKey file_key(uint64_t ino, uint64_t chunk) {
-  ChunkKey k;
-  k.kind = Kind::File;
-  k.key_len = 16;
-  std::memcpy(k.id, &ino, 8);
-  std::memcpy(k.id + 8, &chunk, 8);
-  return k;
-}
-
 inline Bytes pattern(uint64_t seed, size_t n) {
   Bytes b(n);
   Rng rng(seed);
