@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "file_client.h"
 #include "fuse_channel_fixture.h"
 
 namespace {
@@ -428,46 +429,20 @@ TEST_F(FuseChannelTest, InvalidationsGoStraightToTheKernel) {
 }
 
 // A client of the ring beside the kernel, on one file.
-class FuseAndRingTest : public FuseChannelTest {
+class FuseAndRingTest : public FuseChannelTest, protected FileClient {
  protected:
   void SetUp() override {
     FuseChannelTest::SetUp();
-    const std::string path = dir_ + "/file";
-    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    ASSERT_GE(fd, 0);
-    struct stat st;
-    ASSERT_EQ(fstat(fd, &st), 0);
-    ino_ = st.st_ino;
-    ASSERT_EQ(kvfs_node_inode_open(node_, ino_, 0), 0);
-    ASSERT_EQ(kvfs_open(sock_.c_str(), &client_), 0);
-    handle_ = kvfs_file_register(client_, fd);
-    ASSERT_GE(handle_, 0);
-    close(fd);
-    ASSERT_EQ(kvfs_ring_create(client_, 8, &ring_), 0);
-    ASSERT_EQ(kvfs_iov_alloc(client_, 1 << 20, 0, &iov_), 0);
+    ino_ = connect_file(node_, dir_, sock_, 8, 1 << 20);
+    ASSERT_NE(ino_, 0u);
   }
   void TearDown() override {
     kvfs_close(client_);
     FuseChannelTest::TearDown();
   }
-  void start_op(uint8_t op, uint64_t off, uint32_t len) {
-    kvfs_sqe* s = kvfs_prep(ring_);
-    ASSERT_NE(s, nullptr);
-    s->opcode = op;
-    s->handle = uint32_t(handle_);
-    s->iov = iov_.id;
-    s->off = off;
-    s->len = len;
-    ASSERT_EQ(kvfs_submit(ring_), 1);
-  }
-  int64_t end_op() {
-    kvfs_cqe q{};
-    EXPECT_EQ(kvfs_wait(ring_, &q, 1, 1, 20 * kSec), 1);
-    return q.result;
-  }
   std::string ring_read(uint64_t off, uint32_t len) {
     start_op(KVFS_OP_READ, off, len);
-    const int64_t n = end_op();
+    const int64_t n = end_op(20 * kSec);
     return n < 0 ? "error" : std::string(static_cast<char*>(iov_.base), size_t(n));
   }
   void start_ring_write(uint64_t off, const std::string& data) {
@@ -485,10 +460,6 @@ class FuseAndRingTest : public FuseChannelTest {
   }
 
   uint64_t ino_ = 0;
-  kvfs_client* client_ = nullptr;
-  kvfs_ring* ring_ = nullptr;
-  kvfs_iov iov_{};
-  int handle_ = -1;
 };
 
 TEST_F(FuseAndRingTest, AgreeOnTheFilesBytes) {
@@ -501,11 +472,11 @@ TEST_F(FuseAndRingTest, AgreeOnTheFilesBytes) {
     const size_t off = i * 7001;
     start_ring_write(off, data);
     answer_drop();
-    EXPECT_EQ(end_op(), int64_t(data.size()));
+    EXPECT_EQ(end_op(20 * kSec), int64_t(data.size()));
     model.resize(std::max(model.size(), off + data.size()), '\0');
     model.replace(off, data.size(), data);
     start_ring_write(off, data);  // nothing is held now
-    EXPECT_EQ(end_op(), int64_t(data.size()));
+    EXPECT_EQ(end_op(20 * kSec), int64_t(data.size()));
     kvfs_upcall u{};
     EXPECT_FALSE(upcall(&u, 0));
     expect_answer(read_request(ino_, off, 6000), 0, model.substr(off, 6000));

@@ -11,13 +11,8 @@ constexpr uint32_t kPiece = 256u << 10;
 class FuseStreamTest : public FuseChannelTest {
  protected:
   int64_t own(uint8_t op, uint64_t off, std::string* data = nullptr) {
-    kvfs_sqe s{};
-    s.opcode = op;
-    s.iov = KVFS_IOV_INPROC;
-    s.iov_off = data != nullptr ? uint64_t(uintptr_t(data->data())) : 0;
-    s.off = off;
-    s.len = data != nullptr ? uint32_t(data->size()) : 0;
-    memcpy(s.key, &kIno, sizeof kIno);
+    const kvfs_sqe s =
+        data != nullptr ? inode_sqe(op, kIno, off, data->data(), uint32_t(data->size())) : inode_sqe(op, kIno, off);
     return kvfs_node_call(node_, &s, 10 * kSec);
   }
   void model_write(uint64_t off, const std::string& data) {

@@ -55,6 +55,19 @@ class NodeTest : public ::testing::Test {
     std::filesystem::remove_all(dir_);
     alarm(0);
   }
+  // An operation of the daemon's own ring on an inode.
+  static kvfs_sqe inode_sqe(uint8_t op, uint64_t ino, uint64_t off, const void* mem = nullptr, uint32_t len = 0,
+                            uint8_t flags = 0) {
+    kvfs_sqe s{};
+    s.opcode = op;
+    s.flags = flags;
+    s.iov = KVFS_IOV_INPROC;
+    s.iov_off = reinterpret_cast<uintptr_t>(mem);
+    s.off = off;
+    s.len = len;
+    memcpy(s.key, &ino, sizeof ino);
+    return s;
+  }
   struct kvfs_node_stats stats() {
     struct kvfs_node_stats s;
     EXPECT_EQ(kvfs_node_stats(node_, &s), 0);

@@ -4,63 +4,31 @@
 
 #include <vector>
 
-#include "node_fixture.h"
+#include "file_client.h"
 
 namespace {
 
 constexpr uint32_t kIov = 4u << 20;
 
-class InodeTest : public NodeTest {
+class InodeTest : public NodeTest, protected FileClient {
  protected:
   void SetUp() override {
     NodeTest::SetUp();
-    std::string path = dir_ + "/file";
-    int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    ASSERT_GE(fd, 0);
-    struct stat st;
-    ASSERT_EQ(fstat(fd, &st), 0);
-    ino_ = st.st_ino;
-    ASSERT_EQ(kvfs_node_inode_open(node_, ino_, 0), 0);
-    ASSERT_EQ(kvfs_open(sock_.c_str(), &client_), 0);
-    handle_ = kvfs_file_register(client_, fd);
-    ASSERT_GE(handle_, 0);
-    close(fd);
-    ASSERT_EQ(kvfs_ring_create(client_, 64, &ring_), 0);
-    ASSERT_EQ(kvfs_iov_alloc(client_, kIov, 0, &iov_), 0);
+    ino_ = connect_file(node_, dir_, sock_, 64, kIov);
+    ASSERT_NE(ino_, 0u);
   }
   void TearDown() override {
     kvfs_close(client_);
     NodeTest::TearDown();
   }
-  void send(uint8_t op, uint64_t off, uint32_t len, uint64_t at = 0) {
-    kvfs_sqe* s = kvfs_prep(ring_);
-    ASSERT_NE(s, nullptr);
-    s->opcode = op;
-    s->handle = uint32_t(handle_);
-    s->iov = iov_.id;
-    s->iov_off = at;
-    s->off = off;
-    s->len = len;
-    ASSERT_EQ(kvfs_submit(ring_), 1);
-  }
-  int64_t wait() {
-    kvfs_cqe q{};
-    EXPECT_EQ(kvfs_wait(ring_, &q, 1, 1, 10 * kSec), 1);
-    return q.result;
-  }
+  void send(uint8_t op, uint64_t off, uint32_t len, uint64_t at = 0) { start_op(op, off, len, at); }
+  int64_t wait() { return end_op(10 * kSec); }
   int64_t call(uint8_t op, uint64_t off, uint32_t len, uint64_t at = 0) {
     send(op, off, len, at);
     return wait();
   }
   int64_t own(uint8_t op, uint64_t off, void* mem = nullptr, uint32_t len = 0, uint8_t flags = 0) {
-    kvfs_sqe s{};
-    s.opcode = op;
-    s.flags = flags;
-    s.iov = KVFS_IOV_INPROC;
-    s.iov_off = uint64_t(uintptr_t(mem));
-    s.off = off;
-    s.len = len;
-    memcpy(s.key, &ino_, 8);
+    const kvfs_sqe s = inode_sqe(op, ino_, off, mem, len, flags);
     return kvfs_node_call(node_, &s, 10 * kSec);
   }
   char* mem() { return static_cast<char*>(iov_.base); }
@@ -74,10 +42,6 @@ class InodeTest : public NodeTest {
   }
 
   uint64_t ino_ = 0;
-  kvfs_client* client_ = nullptr;
-  kvfs_ring* ring_ = nullptr;
-  kvfs_iov iov_{};
-  int handle_ = -1;
 };
 
 TEST_F(InodeTest, WriteWaitsForTheKernelsCopiesToGo) {

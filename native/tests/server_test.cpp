@@ -13,16 +13,6 @@ namespace {
 
 class ServerTest : public NodeTest {
  protected:
-  static kvfs_sqe inode_sqe(uint8_t op, uint64_t ino, uint64_t off, const void* mem, uint32_t len) {
-    kvfs_sqe s{};
-    s.opcode = op;
-    s.iov = KVFS_IOV_INPROC;
-    s.iov_off = reinterpret_cast<uintptr_t>(mem);
-    s.off = off;
-    s.len = len;
-    memcpy(s.key, &ino, 8);
-    return s;
-  }
   int64_t inode(uint8_t op, uint64_t ino, uint64_t off, const void* mem = nullptr, uint32_t len = 0) {
     kvfs_sqe s = inode_sqe(op, ino, off, mem, len);
     return kvfs_node_call(node_, &s, 20 * kSec);

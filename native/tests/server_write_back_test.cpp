@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "node_fixture.h"
+#include "file_client.h"
 
 namespace {
 
@@ -30,14 +30,7 @@ Text text(uint64_t seed, uint64_t at, size_t n) {
 class NodeWriteBack : public NodeTest {
  protected:
   int64_t own(uint8_t op, uint64_t off = 0, void* mem = nullptr, uint32_t len = 0, uint8_t flags = 0) {
-    kvfs_sqe s{};
-    s.opcode = op;
-    s.flags = flags;
-    s.iov = KVFS_IOV_INPROC;
-    s.iov_off = uint64_t(uintptr_t(mem));
-    s.off = off;
-    s.len = len;
-    memcpy(s.key, &ino_, 8);
+    const kvfs_sqe s = inode_sqe(op, ino_, off, mem, len, flags);
     return kvfs_node_call(node_, &s, 60 * kSec);
   }
   int64_t write(uint64_t off, Text t, uint8_t flags = 0) {
@@ -85,25 +78,14 @@ class NodeWriteBack : public NodeTest {
 
 // A file whose bytes are divided between the two submitters, so that each knows what it must read, while they share chunks
 // and pages.
-class TwoSubmitters : public NodeWriteBack {
+class TwoSubmitters : public NodeWriteBack, protected FileClient {
  protected:
   static constexpr uint64_t kSize = 3u << 20;
   void SetUp() override {
     dirty_ = 1u << 20;
     NodeTest::SetUp();
-    const std::string path = dir_ + "/file";
-    const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    ASSERT_GE(fd, 0);
-    struct stat st;
-    ASSERT_EQ(fstat(fd, &st), 0);
-    ino_ = st.st_ino;
-    open();
-    ASSERT_EQ(kvfs_open(sock_.c_str(), &client_), 0);
-    handle_ = kvfs_file_register(client_, fd);
-    ASSERT_GE(handle_, 0);
-    ::close(fd);
-    ASSERT_EQ(kvfs_ring_create(client_, 64, &ring_), 0);
-    ASSERT_EQ(kvfs_iov_alloc(client_, kIov, 0, &iov_), 0);
+    ino_ = connect_file(node_, dir_, sock_, 64, kIov);
+    ASSERT_NE(ino_, 0u);
     static constexpr uint64_t kLengths[] = {100, 5000, 70, 300000, 4096, 9000, 150000, 1};
     for (uint64_t at = 0, i = 0; at < kSize; ++i) {
       const uint64_t n = std::min(kLengths[i % 8], kSize - at);
@@ -130,17 +112,8 @@ class TwoSubmitters : public NodeWriteBack {
     NodeTest::TearDown();
   }
   int64_t client(uint8_t op, uint64_t off, uint32_t len, uint8_t flags = 0) {
-    kvfs_sqe* s = kvfs_prep(ring_);
-    if (s == nullptr) return -EBUSY;
-    s->opcode = op;
-    s->flags = flags;
-    s->handle = uint32_t(handle_);
-    s->iov = iov_.id;
-    s->off = off;
-    s->len = len;
-    kvfs_cqe q{};
-    if (kvfs_submit(ring_) != 1 || kvfs_wait(ring_, &q, 1, 1, 60 * kSec) != 1) return -ETIMEDOUT;
-    return q.result;
+    start_op(op, off, len, 0, flags);
+    return end_op(60 * kSec);
   }
   // One submitter: writes, reads back what is its own, sometimes syncs.
   void work(int who, uint64_t seed, int steps) {
@@ -183,10 +156,6 @@ class TwoSubmitters : public NodeWriteBack {
     for (uint64_t i = 0; i < kSize; ++i) ASSERT_EQ(all[i], model_[i]) << i;
   }
 
-  kvfs_client* client_ = nullptr;
-  kvfs_ring* ring_ = nullptr;
-  kvfs_iov iov_{};
-  int handle_ = -1;
   std::vector<std::pair<uint64_t, uint64_t>> ranges_[2];
   Text model_;
   std::thread answers_;
