@@ -19,17 +19,14 @@ from typing import Final
 
 from kvfs.meta.kv import (
     MAX_RANGE,
-    MAX_WRITES,
+    BufferedTxn,
     ClosedError,
     Conflict,
-    LimitError,
     Store,
-    StoreError,
     Txn,
     Watch,
-    check_key,
     check_range,
-    check_value,
+    overlaid,
     run,
 )
 
@@ -41,12 +38,11 @@ MAX_CACHED: Final = 32768
 _Pairs = list[tuple[bytes, bytes]]
 
 
-class GroupTxn(Txn):
+class GroupTxn(BufferedTxn):
     def __init__(self, store: GroupStore, version: int, read_only: bool) -> None:
+        super().__init__(read_only)
         self._store: GroupStore | None = store
         self._version = version
-        self._read_only = read_only
-        self._writes: dict[bytes, bytes | None] = {}
 
     def _live(self) -> GroupStore:
         if self._store is None:
@@ -62,24 +58,10 @@ class GroupTxn(Txn):
     def range(self, begin: bytes, end: bytes, limit: int = 1000, *, reverse: bool = False) -> _Pairs:
         check_range(begin, end, limit)
         store = self._live()
-        own = {k: v for k, v in self._writes.items() if begin <= k < end} if self._writes else {}
-        return store.range(self._version, begin, end, limit, reverse, own)
+        return store.range(self._version, begin, end, limit, reverse, self._written(begin, end))
 
-    def _write(self, key: bytes, value: bytes | None) -> None:
-        check_key(key)
+    def _check_live(self) -> None:
         self._live()
-        if self._read_only:
-            raise StoreError("this transaction is read-only")
-        if len(self._writes) >= MAX_WRITES and key not in self._writes:
-            raise LimitError(f"a transaction writes at most {MAX_WRITES} keys")
-        self._writes[key] = value
-
-    def put(self, key: bytes, value: bytes) -> None:
-        check_value(value)
-        self._write(key, value)
-
-    def delete(self, key: bytes) -> None:
-        self._write(key, None)
 
     def commit(self) -> None:
         store = self._live()
@@ -147,11 +129,11 @@ class GroupStore(Store):
             if first >= last and not own:
                 return view.range(begin, end, limit, reverse=reverse)
             over = {key: self._pending[key] for key in self._order[first:last]} | own
-            merged: dict[bytes, bytes] = {}
+            rows: _Pairs = []
             left = limit + sum(value is None for value in over.values())
             while left:
                 page = view.range(begin, end, min(left, MAX_RANGE), reverse=reverse)
-                merged.update(page)
+                rows += page
                 if len(page) < min(left, MAX_RANGE):
                     break
                 left -= len(page)
@@ -159,12 +141,7 @@ class GroupStore(Store):
                     end = page[-1][0]
                 else:
                     begin = page[-1][0] + b"\0"
-        for key, value in over.items():
-            if value is None:
-                merged.pop(key, None)
-            else:
-                merged[key] = value
-        return sorted(merged.items(), reverse=reverse)[:limit]
+        return overlaid(rows, over, limit, reverse=reverse)
 
     def accept(self, version: int, writes: dict[bytes, bytes | None]) -> None:
         """A transaction's writes; raises what the engine says when it must be asked first."""

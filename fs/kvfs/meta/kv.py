@@ -20,7 +20,7 @@ import contextlib
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -92,6 +92,19 @@ def prefix_end(prefix: bytes) -> bytes:
     return stem[:-1] + bytes((stem[-1] + 1,))
 
 
+def overlaid(
+    rows: Iterable[tuple[bytes, bytes]], over: Mapping[bytes, bytes | None], limit: int, *, reverse: bool
+) -> list[tuple[bytes, bytes]]:
+    """A range's first `limit` pairs once `over` is written (None: deleted). `rows` has as many more as `over` deletes."""
+    merged = dict(rows)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return sorted(merged.items(), reverse=reverse)[:limit]
+
+
 def _nobody() -> None:
     return None
 
@@ -129,6 +142,38 @@ class Txn(ABC):
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+class BufferedTxn(Txn):
+    """A transaction whose writes wait in memory until it commits."""
+
+    def __init__(self, read_only: bool) -> None:
+        self._read_only = read_only
+        self._writes: dict[bytes, bytes | None] = {}
+        """By key; None: to be deleted."""
+
+    @abstractmethod
+    def _check_live(self) -> None:
+        """ClosedError when it has ended."""
+
+    def _written(self, begin: bytes, end: bytes) -> dict[bytes, bytes | None]:
+        return {k: v for k, v in self._writes.items() if begin <= k < end} if self._writes else {}
+
+    def _write(self, key: bytes, value: bytes | None) -> None:
+        check_key(key)
+        self._check_live()
+        if self._read_only:
+            raise StoreError("this transaction is read-only")
+        if len(self._writes) >= MAX_WRITES and key not in self._writes:
+            raise LimitError(f"a transaction writes at most {MAX_WRITES} keys")
+        self._writes[key] = value
+
+    def put(self, key: bytes, value: bytes) -> None:
+        check_value(value)
+        self._write(key, value)
+
+    def delete(self, key: bytes) -> None:
+        self._write(key, None)
 
 
 class Watch(ABC):

@@ -27,7 +27,7 @@ import trio
 
 from kvfs.meta.kv import (
     MAX_RANGE,
-    MAX_WRITES,
+    BufferedTxn,
     BusyError,
     ClosedError,
     Conflict,
@@ -37,11 +37,10 @@ from kvfs.meta.kv import (
     LimitError,
     Store,
     StoreError,
-    Txn,
     Watch,
     check_key,
     check_range,
-    check_value,
+    overlaid,
     prefix_end,
 )
 
@@ -97,15 +96,18 @@ def _number(con: apsw.Connection, query: str) -> int:
     return int(cast("int", con.execute(query).fetchall()[0][0]))
 
 
-class SqliteTxn(Txn):
+class SqliteTxn(BufferedTxn):
     def __init__(self, store: SqliteStore, con: apsw.Connection, read_only: bool) -> None:
+        super().__init__(read_only)
         self._store = store
         self._con: apsw.Connection | None = con
-        self._read_only = read_only
         self._begun = False
         self._gets: dict[bytes, bytes | None] = {}
         self._ranges: dict[_RangeKey, _Pairs] = {}
-        self._writes: dict[bytes, bytes | None] = {}
+
+    def _check_live(self) -> None:
+        if self._con is None:
+            raise ClosedError("this transaction has ended")
 
     def _connection(self) -> apsw.Connection:
         con = self._con
@@ -131,7 +133,7 @@ class SqliteTxn(Txn):
 
     def range(self, begin: bytes, end: bytes, limit: int = 1000, *, reverse: bool = False) -> list[tuple[bytes, bytes]]:
         check_range(begin, end, limit)
-        own = {k: v for k, v in self._writes.items() if begin <= k < end} if self._writes else {}
+        own = self._written(begin, end)
         query = (begin, end, limit + sum(v is None for v in own.values()), reverse)
         try:
             rows = _select(self._connection(), query)
@@ -141,30 +143,7 @@ class SqliteTxn(Txn):
             self._ranges[query] = rows
         if not own:
             return list(rows)
-        merged = dict(rows)
-        for key, value in own.items():
-            if value is None:
-                merged.pop(key, None)
-            else:
-                merged[key] = value
-        return sorted(merged.items(), reverse=reverse)[:limit]
-
-    def _write(self, key: bytes, value: bytes | None) -> None:
-        check_key(key)
-        if self._con is None:
-            raise ClosedError("this transaction has ended")
-        if self._read_only:
-            raise StoreError("this transaction is read-only")
-        if len(self._writes) >= MAX_WRITES and key not in self._writes:
-            raise LimitError(f"a transaction writes at most {MAX_WRITES} keys")
-        self._writes[key] = value
-
-    def put(self, key: bytes, value: bytes) -> None:
-        check_value(value)
-        self._write(key, value)
-
-    def delete(self, key: bytes) -> None:
-        self._write(key, None)
+        return overlaid(rows, own, limit, reverse=reverse)
 
     def commit(self) -> None:
         con = self._con
