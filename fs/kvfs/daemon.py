@@ -196,7 +196,7 @@ class Daemon:
 
         async with DataPlane.open(self.node) as data, trio.open_nursery() as nursery:
             direct = self.node if self.config.fuse.native else None
-            files = OpenFiles(tree, data, direct.fuse_invalidate) if direct else OpenFiles(tree, data)
+            files = OpenFiles(tree, data, direct)
 
             async def serve_mount() -> None:
                 await service.serve(

@@ -143,14 +143,12 @@ class DataPlane:
 
     async def _call(self, opcode: int, **more: Any) -> int:
         """One operation (see `_submit`); the result as the ring gives it. `memory` stays valid until this returns."""
-        while len(self._ops) >= MAX_INFLIGHT:
-            await self._room.park()
-        op = self._submit(opcode, **more)
+        op = await self._submit(opcode, **more)
         if len(self._ops) == 1:
             self._reap(SPIN_NS)
         return await self._result(op)
 
-    def _submit(
+    async def _submit(
         self,
         opcode: int,
         *,
@@ -162,6 +160,9 @@ class DataPlane:
         key: bytes = b"",
         key_len: int = 0,
     ) -> _Op:
+        """Waits for room in the ring, for nothing else."""
+        while len(self._ops) >= MAX_INFLIGHT:
+            await self._room.park()
         op = _Op()
         number = self._next
         self._next += 1
@@ -260,11 +261,9 @@ class DataPlane:
 
     async def delete_many(self, files: Sequence[tuple[int, int]]) -> None:
         """`delete` of each (inode, size), at once; the first error when all have ended."""
-        ops: list[_Op] = []
-        for ino, size in files:
-            while len(self._ops) >= MAX_INFLIGHT:
-                await self._room.park()
-            ops.append(self._submit(lib.KVFS_OP_INODE_DELETE, off=size, key=ino.to_bytes(8, "little")))
+        ops = [
+            await self._submit(lib.KVFS_OP_INODE_DELETE, off=size, key=ino.to_bytes(8, "little")) for ino, size in files
+        ]
         results = [await self._result(op) for op in ops]
         for (ino, _), result in zip(files, results, strict=True):
             check(result, f"delete inode {ino}")

@@ -37,7 +37,7 @@ async def main(directory: Path, point: Path) -> None:
     config = NodeConfig(data_file, socket=directory / "sock")
     async with Node.open(config) as node, DataPlane.open(node) as data, trio.open_nursery() as nursery:
         direct = None if os.environ.get(PYFUSE3_ALONE) else node
-        files = OpenFiles(tree, data, direct.fuse_invalidate) if direct else OpenFiles(tree, data)
+        files = OpenFiles(tree, data, direct)
 
         def make_namespace(tenant: str, name: str) -> Namespace:
             made = namespaces.create(store, tenant, name)

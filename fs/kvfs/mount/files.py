@@ -21,6 +21,7 @@ from kvfs.dataplane import DataPlane
 from kvfs.meta.errors import FsError
 from kvfs.meta.schema import Inode
 from kvfs.meta.tree import Tree
+from kvfs.node import Node
 
 from .attrs import log
 
@@ -52,13 +53,11 @@ class OpenFile:
 
 
 class OpenFiles:
-    def __init__(
-        self, tree: Tree, data: DataPlane, invalidate: Callable[[int], None] = pyfuse3.invalidate_inode
-    ) -> None:
-        """`invalidate` makes the kernel forget an inode's pages and attributes; it may wait for reads under way."""
+    def __init__(self, tree: Tree, data: DataPlane, node: Node | None = None) -> None:
+        """`node` serves the mount; None: pyfuse3 does, alone."""
         self.tree = tree
         self.data = data
-        self._invalidate = invalidate
+        self._invalidate: Callable[[int], None] = node.fuse_invalidate if node else pyfuse3.invalidate_inode
         self._open: dict[int, OpenFile] = {}
         self._lingering: dict[int, OpenFile] = {}
         """Closed here, but its bytes are on their way to the store, or a client's file handle holds it."""
