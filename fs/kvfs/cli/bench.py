@@ -1,9 +1,9 @@
 """`kvfs bench`: this machine's figures, beside fio's; `kvfs bench posix`: the mount's, beside another file system's."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -37,6 +37,8 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"], bool], ...] = (
 )
 _STYLE = {"pass": "green", "short": "bold red", "no fio": "yellow", "no peer": "yellow"}
 
+
+R = TypeVar("R", "Report", "PosixReport")
 
 app = typer.Typer(rich_markup_mode="rich")
 
@@ -89,12 +91,7 @@ def bench(
             report = run(_beside(directory), plan, listener)
     except BenchError as e:
         fail(str(e))
-    if json:
-        print_json(report)
-    else:
-        _print(report)
-    if strict and report.short:
-        raise typer.Exit(FAILED)
+    _deliver(report, _print, json=json, strict=strict)
 
 
 @app.command("posix", epilog=POSIX_EXAMPLES)
@@ -157,10 +154,14 @@ def posix(
             )
     except BenchError as e:
         fail(str(e))
+    _deliver(report, _print_posix, json=json, strict=strict)
+
+
+def _deliver(report: R, show: Callable[[R], None], *, json: bool, strict: bool) -> None:
     if json:
         print_json(report)
     else:
-        _print_posix(report)
+        show(report)
     if strict and report.short:
         raise typer.Exit(FAILED)
 

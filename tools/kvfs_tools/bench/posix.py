@@ -252,6 +252,17 @@ def _create(processes: int):
     return take
 
 
+def _created(processes: int, what: str) -> Measure:
+    return Measure(
+        f"create-{processes}",
+        what,
+        "files/s",
+        Target(4.0),
+        _create(processes),
+        creates=lambda p: p.create_limit * processes,
+    )
+
+
 def _many(run: _Run, contender: Contender) -> None:
     run.count("make", contender.place / "many", count=run.plan.files)
 
@@ -300,44 +311,25 @@ MEASURES = (
         "overwritten",
         uses_up=True,
     ),
-    Measure(
-        "cached-read",
-        f"read() of 128 KiB again and again, {SEALED >> 20} MiB in the page cache (kvfs: a sealed block)",
-        "MB/s",
-        Target(0.9),
-        _again("read"),
-        _seal,
-        "sealed",
-        uses_up=True,  # a block may be evicted; who has it does nothing
-        against=RAW,
+    *(
+        Measure(
+            f"cached-{how}",
+            what,
+            "MB/s",
+            Target(0.9),
+            _again(how),
+            _seal,
+            "sealed",
+            uses_up=True,  # a block may be evicted; who has it does nothing
+            against=RAW,
+        )
+        for how, what in (
+            ("read", f"read() of 128 KiB again and again, {SEALED >> 20} MiB in the page cache (kvfs: a sealed block)"),
+            ("mmap", "the same bytes mapped, copied and unmapped again and again"),
+        )
     ),
-    Measure(
-        "cached-mmap",
-        "the same bytes mapped, copied and unmapped again and again",
-        "MB/s",
-        Target(0.9),
-        _again("mmap"),
-        _seal,
-        "sealed",
-        uses_up=True,  # a block may be evicted; who has it does nothing
-        against=RAW,
-    ),
-    Measure(
-        "create-1",
-        "create + write 4 KiB + close, 1 process",
-        "files/s",
-        Target(4.0),
-        _create(1),
-        creates=lambda p: p.create_limit,
-    ),
-    Measure(
-        f"create-{JOBS}",
-        f"the same, {JOBS} processes, a directory each",
-        "files/s",
-        Target(4.0),
-        _create(JOBS),
-        creates=lambda p: p.create_limit * JOBS,
-    ),
+    _created(1, "create + write 4 KiB + close, 1 process"),
+    _created(JOBS, f"the same, {JOBS} processes, a directory each"),
     *(
         Measure(name, what, unit, Target(2.0), take, _many, "many", uses_up=uses_up, creates=lambda p: p.files)
         for name, what, unit, take, uses_up in (
