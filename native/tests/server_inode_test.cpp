@@ -1,7 +1,5 @@
 // server_inode_test.cpp tests operations of another process on one file beside the mount's: order, sizes, and the questions to
 // the daemon that a write or an fsync waits for.
-#include <fcntl.h>
-
 #include <vector>
 
 #include "file_client.h"

@@ -1,7 +1,5 @@
 // server_write_back_test.cpp tests the write-back of file data as a node does it: two submitters on one file against a model,
 // sizes that run ahead of the store, little memory, little space, and a stop.
-#include <fcntl.h>
-
 #include <atomic>
 #include <map>
 #include <random>

@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -88,6 +89,23 @@ class Mounted:
         self.process.kill()
         self.process.wait(STOP_S)
         self.wait_dead()
+
+    def kill_under(self, program: str, directory: Path, seconds: float) -> list[int]:
+        """Runs a writer that prints a number after each step, and kills the daemon `seconds` after the first; the numbers."""
+        writer = subprocess.Popen(
+            [sys.executable, program, directory], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            assert writer.stdout is not None
+            reported = [int(writer.stdout.readline())]
+            killer = threading.Timer(seconds, self.kill)
+            killer.start()
+            reported += [int(line) for line in writer.stdout]
+            killer.join()
+            return reported
+        finally:
+            writer.kill()
+            writer.communicate(timeout=20)
 
     def wait_dead(self) -> None:
         """The kernel ends the connection of a killed daemon a moment after the process; calls until then wait for it."""

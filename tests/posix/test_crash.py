@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-import threading
-from pathlib import Path
 
 import pytest
 import sync_writer
@@ -18,31 +14,13 @@ pytestmark = pytest.mark.timeout(120)
 ROUNDS = 5
 
 
-def run_until_killed(mounted: Mounted, directory: Path, seconds: float) -> int:
-    """The last step that was reported before the daemon was killed, at any moment of a later one."""
-    writer = subprocess.Popen(
-        [sys.executable, sync_writer.__file__, directory], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert writer.stdout is not None
-        last = int(writer.stdout.readline())
-        killer = threading.Timer(seconds, mounted.kill)
-        killer.start()
-        for line in writer.stdout:
-            last = int(line)
-        killer.join()
-        return last
-    finally:
-        writer.kill()
-        writer.communicate(timeout=20)
-
-
 def test_what_was_synced_is_there_in_order(mounted: Mounted) -> None:
     directory = mounted.root / "d"
     directory.mkdir()
     rng = random.Random(6)
     for _ in range(ROUNDS):
-        last = run_until_killed(mounted, directory, rng.uniform(0.1, 0.8))
+        # At any moment of a step later than the last that is reported.
+        last = mounted.kill_under(sync_writer.__file__, directory, rng.uniform(0.1, 0.8))[-1]
         mounted.start()
         steps = {int(name.removeprefix("step-")) for name in os.listdir(directory) if name.startswith("step-")}
         # The step that was under way may be there in part, and nothing of a later one.

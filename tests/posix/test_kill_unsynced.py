@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import plain_writer
@@ -16,23 +13,6 @@ from mount_process import Mounted
 pytestmark = pytest.mark.timeout(150)
 
 ROUNDS = 6
-
-
-def write_until_killed(mounted: Mounted, directory: Path, seconds: float) -> None:
-    writer = subprocess.Popen(
-        [sys.executable, plain_writer.__file__, directory], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "0\n"
-        killer = threading.Timer(seconds, mounted.kill)
-        killer.start()
-        for _ in writer.stdout:
-            pass
-        killer.join()
-    finally:
-        writer.kill()
-        writer.communicate(timeout=20)
 
 
 def first_difference(path: Path, number: int) -> str | None:
@@ -51,7 +31,7 @@ def test_no_size_without_its_bytes(mounted: Mounted) -> None:
     for round_number in range(ROUNDS):
         directory = mounted.root / f"d{round_number}"
         directory.mkdir()
-        write_until_killed(mounted, directory, rng.uniform(0.1, 2.5))
+        assert mounted.kill_under(plain_writer.__file__, directory, rng.uniform(0.1, 2.5))[0] == 0
         mounted.start()
         wrong = [
             first_difference(
