@@ -164,6 +164,15 @@ class Node:
         value = ffi.NULL if answer is None else ffi.from_buffer(answer)
         return lib.kvfs_node_fuse_attr(self.handle, ino, value, 0 if answer is None else len(answer)) >= 0
 
+    def fuse_entries(self, parent: int, entries: bytes) -> bool:
+        """Leaves answers to LOOKUP in a directory, each for one use: as READDIRPLUS has them, of inodes with one name. Each
+        change must be told. False: no room for all, or no mount any more."""
+        return lib.kvfs_node_fuse_entries(self.handle, parent, ffi.from_buffer(entries), len(entries)) >= 0
+
+    def fuse_entry_changed(self, ino: int) -> None:
+        """Takes such an answer back, if there is one."""
+        lib.kvfs_node_fuse_entry_changed(self.handle, ino)
+
     def fuse_stop(self) -> None:
         """Returns when every request under way has ended."""
         result = lib.kvfs_node_fuse_stop(self.handle)

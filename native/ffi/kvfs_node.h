@@ -112,6 +112,11 @@ int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes);
 /* Leaves an answer (struct fuse_attr_out) to GETATTR of a directory, which the caller keeps right; NULL: takes it back.
  * -ENOSPC: there are too many already. */
 int kvfs_node_fuse_attr(kvfs_node* n, uint64_t ino, const void* answer, size_t bytes);
+/* Leaves answers to LOOKUP in directory `parent`, as READDIRPLUS has them (struct fuse_direntplus), of inodes with one name;
+ * each is used once, and not while the inode is open. The caller says of each inode that changes, before the change is
+ * answered. -ENOSPC: not all, or they are no such thing. */
+int kvfs_node_fuse_entries(kvfs_node* n, uint64_t parent, const void* entries, size_t bytes);
+int kvfs_node_fuse_entry_changed(kvfs_node* n, uint64_t ino);
 /* Ends it when all requests under way have ended. */
 int kvfs_node_fuse_stop(kvfs_node* n);
 /* The kernel forgets pages and attributes of `ino`. Waits for reads of it that are under way: never call it from the

@@ -124,6 +124,13 @@ void FuseChannel::pump() {
   if (kernel_ready_) read_requests();
 }
 
+bool FuseChannel::look() {
+  if (stopped_ || gone_ || blocked_ != nullptr || free_ == nullptr) return false;
+  kernel_ready_ = true;
+  read_requests();
+  return kernel_ready_;
+}
+
 void FuseChannel::read_requests() {
   for (unsigned i = 0; i < kBudget && free_ != nullptr && blocked_ == nullptr && !gone_; ++i) {
     Slot* s = free_;  // taken only when there is a request
@@ -166,10 +173,13 @@ void FuseChannel::take(Slot* s) {
       if (!plain(in.nodeid) || !inodes_->find(in.nodeid)) break;
       return reply(s, int(reactor_->closed(in.nodeid)), nullptr, 0);
     case FUSE_GETATTR:
-      if (fuse_attr_out known; attrs_->get(in.nodeid, &known)) return reply(s, 0, &known, sizeof known);
+      if (fuse_attr_out known; left_->attrs.get(in.nodeid, &known)) return reply(s, 0, &known, sizeof known);
       break;
     case FUSE_GETXATTR:
       if (answer_xattr(s)) return;
+      break;
+    case FUSE_LOOKUP:
+      if (answer_lookup(s)) return;
       break;
     case FUSE_INTERRUPT:  // nothing here or in the daemon ends early
       return release(s);
@@ -233,6 +243,21 @@ bool FuseChannel::answer_xattr(Slot* s) {
   return true;
 }
 
+bool FuseChannel::answer_lookup(Slot* s) {
+  constexpr size_t kInHead = sizeof s->head - sizeof(fuse_in_header);
+  const size_t length = s->length - sizeof(fuse_in_header);
+  char name[EntryTable::kLongestName + 1];
+  if (length < 2 || length > sizeof name || !plain(s->head.in.nodeid)) return false;
+  memcpy(name, s->head.bytes, std::min(length, kInHead));
+  if (length > kInHead) memcpy(name + kInHead, s->data, length - kInHead);
+  if (name[length - 1] != '\0') return false;
+  const fuse_entry_out found = left_->entries.take(s->head.in.nodeid, {name, length - 1});
+  if (found.nodeid == 0 || inodes_->find(found.nodeid))
+    return false;  // an open file's size and times are the daemon's to say
+  reply(s, 0, &found, sizeof found);
+  return true;
+}
+
 bool FuseChannel::only_plain_forgets(const Slot* s) {
   constexpr size_t kHead = sizeof(fuse_in_header) + sizeof(fuse_batch_forget_in);
   if (s->length < kHead) return false;
@@ -253,7 +278,9 @@ bool FuseChannel::only_plain_forgets(const Slot* s) {
 
 int FuseChannel::receiver(const Slot* s) const {
   const fuse_in_header& in = s->head.in;
-  return in.opcode < 64 && (direct_opcodes_ >> in.opcode & 1) != 0 && plain(in.nodeid) ? direct_ : daemon_;
+  const bool direct = in.opcode < 64 && (direct_opcodes_ >> in.opcode & 1) != 0;
+  // libfuse has no READDIR: see patch_init.
+  return direct && (plain(in.nodeid) || in.opcode == FUSE_READDIR) ? direct_ : daemon_;
 }
 
 void FuseChannel::pass_on(Slot* s) {
@@ -307,6 +334,8 @@ void FuseChannel::patch_init(char* answer, size_t length) {
   init.congestion_threshold = kSlots * 3 / 4;
   init.max_write = std::min(init.max_write, message_max_);
   init.max_pages = uint16_t(std::min<uint32_t>(init.max_pages, message_max_ / kPage));
+  // Attributes come with the names only where they are wanted: libfuse asks for both ways only where it serves both.
+  if (direct_ >= 0 && (init.flags & FUSE_DO_READDIRPLUS) != 0) init.flags |= FUSE_READDIRPLUS_AUTO;
   memcpy(answer + sizeof out, &init, sizeof init);
 }
 

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "attr_table.h"
+#include "entry_table.h"
 #include "reactor.h"
 
 namespace kvfs {
@@ -38,11 +39,17 @@ class FuseChannel {
   // closed with the channel.
   void set_direct(int direct, uint64_t opcodes);
 
-  // Thread-safe, as long as the channel or the pointer lives.
-  std::shared_ptr<AttrTable> attrs() const { return attrs_; }
+  // What the daemon leaves here to be answered without it. Thread-safe, as long as the channel or the pointer lives.
+  struct Left {
+    AttrTable attrs;
+    EntryTable entries;
+  };
+  std::shared_ptr<Left> left() const { return left_; }
 
   void pump();         // once per turn
   bool ready() const;  // pump() has something to do
+  // Takes what has come without being told of it. False: nothing had.
+  bool look();
   // No request is read any more.
   void stop();
   bool idle() const { return used_ == 0; }
@@ -103,6 +110,7 @@ class FuseChannel {
   Slot* new_slot();
   static void loan_over(Lender* l);
   bool answer_xattr(Slot* s);
+  bool answer_lookup(Slot* s);
   bool only_plain_forgets(const Slot* s);
   int receiver(const Slot* s) const;
   void pass_on(Slot* s);
@@ -122,7 +130,7 @@ class FuseChannel {
   Uring* uring_;
   InodeTable* inodes_;
   Upcalls* upcalls_;
-  const std::shared_ptr<AttrTable> attrs_ = std::make_shared<AttrTable>();
+  const std::shared_ptr<Left> left_ = std::make_shared<Left>();
   Ring ring_;  // stands for us where the reactor names an operation's origin
   char* memory_ = nullptr;
   size_t memory_bytes_ = 0;

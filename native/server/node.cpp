@@ -131,7 +131,7 @@ struct kvfs_node {
   std::unique_ptr<FuseChannel> fuse;
   std::mutex notify_mu;
   std::shared_ptr<SharedFd> notify;  // /dev/fuse, for invalidations
-  std::shared_ptr<AttrTable> attrs;
+  std::shared_ptr<FuseChannel::Left> left;
 
   void run();
 };
@@ -403,7 +403,7 @@ int kvfs_node_fuse_start(kvfs_node* n, int kernel, int daemon, char* err, size_t
   n->fuse = std::move(made);
   std::lock_guard<std::mutex> g(n->notify_mu);
   n->notify = std::move(notify);
-  n->attrs = n->fuse->attrs();
+  n->left = n->fuse->left();
   return 0;
 }
 
@@ -415,18 +415,32 @@ int kvfs_node_fuse_direct(kvfs_node* n, int direct, uint64_t opcodes) {
   return 0;
 }
 
+static std::shared_ptr<FuseChannel::Left> left_of(kvfs_node* n) {
+  std::lock_guard<std::mutex> g(n->notify_mu);
+  return n->left;
+}
+
 int kvfs_node_fuse_attr(kvfs_node* n, uint64_t ino, const void* answer, size_t bytes) {
-  std::shared_ptr<AttrTable> attrs;
-  {
-    std::lock_guard<std::mutex> g(n->notify_mu);
-    attrs = n->attrs;
-  }
+  const auto left = left_of(n);
   fuse_attr_out out;
-  if (!attrs) return -ENOENT;
-  if (answer == nullptr) return attrs->set(ino, nullptr), 0;
+  if (!left) return -ENOENT;
+  if (answer == nullptr) return left->attrs.set(ino, nullptr), 0;
   if (bytes != sizeof out) return -EINVAL;
   memcpy(&out, answer, sizeof out);
-  return attrs->set(ino, &out) ? 0 : -ENOSPC;
+  return left->attrs.set(ino, &out) ? 0 : -ENOSPC;
+}
+
+int kvfs_node_fuse_entries(kvfs_node* n, uint64_t parent, const void* entries, size_t bytes) {
+  const auto left = left_of(n);
+  if (!left) return -ENOENT;
+  return left->entries.add(parent, {static_cast<const char*>(entries), bytes}) ? 0 : -ENOSPC;
+}
+
+int kvfs_node_fuse_entry_changed(kvfs_node* n, uint64_t ino) {
+  const auto left = left_of(n);
+  if (!left) return -ENOENT;
+  left->entries.forget(ino);
+  return 0;
 }
 
 int kvfs_node_fuse_stop(kvfs_node* n) {
@@ -435,7 +449,7 @@ int kvfs_node_fuse_stop(kvfs_node* n) {
   {
     std::lock_guard<std::mutex> g(n->notify_mu);
     n->notify.reset();
-    n->attrs.reset();
+    n->left.reset();
   }
   auto ended = std::make_shared<Box<bool>>();
   n->reactor->post([r = n->reactor, ended] { r->close_fuse([ended] { ended->set(true); }); });

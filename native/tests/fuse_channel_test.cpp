@@ -185,6 +185,86 @@ TEST_F(FuseChannelTest, AnswersForTheCapabilityOnlyWhereThereIsNone) {
   EXPECT_EQ(kvfs_node_inode_no_capability(node_, kUnknown, 1), -ENOENT);
 }
 
+TEST_F(FuseChannelTest, GivesEachEntryThatWasLeftOnce) {
+  auto entry = [](uint64_t ino, const std::string& name) {
+    fuse_entry_out e{};
+    e.nodeid = e.attr.ino = ino;
+    e.attr.size = ino * 10;
+    fuse_dirent d{};
+    d.ino = ino;
+    d.namelen = uint32_t(name.size());
+    std::string s = bytes(e) + bytes(d) + name;
+    s.resize(sizeof e + FUSE_DIRENT_ALIGN(sizeof d + name.size()));
+    return s;
+  };
+  auto leave = [&](uint64_t parent, const std::string& entries) {
+    return kvfs_node_fuse_entries(node_, parent, entries.data(), entries.size());
+  };
+  auto lookup = [&](uint64_t parent, const std::string& name) {
+    return request(FUSE_LOOKUP, parent, name + std::string(1, '\0'));
+  };
+  auto answer_of = [&](uint64_t ino, const std::string& name) {
+    return entry(ino, name).substr(0, sizeof(fuse_entry_out));
+  };
+  const std::string longest(255, 'n'), in_head(39, 'h'), beyond(40, 'b');
+  ASSERT_EQ(leave(1, entry(100, "a") + entry(101, longest) + entry(102, in_head) + entry(103, beyond)), 0);
+  ASSERT_EQ(leave(2, entry(104, "a") + entry(kIno, "open") + entry(105, "changed") + entry(106, "old")), 0);
+  expect_answer(lookup(1, longest), 0, answer_of(101, longest));
+  expect_answer(lookup(1, in_head), 0, answer_of(102, in_head));
+  expect_answer(lookup(1, beyond), 0, answer_of(103, beyond));
+  expect_answer(lookup(2, "a"), 0, answer_of(104, "a"));
+  expect_answer(lookup(1, "a"), 0, answer_of(100, "a"));
+  expect_passed_on(lookup(1, "a"));
+  expect_passed_on(lookup(2, longest));
+  expect_passed_on(lookup(2, "open"));  // only the daemon knows its size
+  ASSERT_EQ(kvfs_node_fuse_entry_changed(node_, 105), 0);
+  ASSERT_EQ(kvfs_node_fuse_entry_changed(node_, 999), 0);
+  expect_passed_on(lookup(2, "changed"));
+  // An inode has one name here, and a name one inode.
+  ASSERT_EQ(leave(2, entry(106, "new") + entry(107, "x") + entry(108, "x")), 0);
+  expect_passed_on(lookup(2, "old"));
+  ASSERT_EQ(kvfs_node_fuse_entry_changed(node_, 107), 0);
+  expect_answer(lookup(2, "new"), 0, answer_of(106, "new"));
+  expect_answer(lookup(2, "x"), 0, answer_of(108, "x"));
+  expect_passed_on(lookup(KVFS_VIEW_INO | 1, "x"));
+  expect_passed_on(request(FUSE_LOOKUP, 2, "no end"));
+
+  EXPECT_NE(leave(1, entry(100, "a").substr(1)), 0);
+  EXPECT_NE(leave(1, entry(100, std::string(256, 'n'))), 0);
+  EXPECT_NE(leave(1, entry(100, "")), 0);
+  std::string many;
+  for (uint64_t i = 0; i < kvfs::EntryTable::kMost; ++i) many += entry(1000 + i, std::to_string(i));
+  EXPECT_EQ(leave(3, many), 0);
+  EXPECT_EQ(leave(3, entry(999, "one more")), -ENOSPC);
+  EXPECT_EQ(leave(3, entry(1000, "another name")), 0);  // takes its own place
+  expect_answer(lookup(3, "77"), 0, answer_of(1077, "77"));
+  EXPECT_EQ(leave(3, entry(999, "one more")), 0);
+}
+
+TEST_F(FuseChannelTest, ListsWithAttributesOnlyWhereTheyAreWantedIfNamesHaveTheirOwnServer) {
+  auto flags = [&](uint32_t said) {
+    fuse_init_out init{};
+    init.flags = said;
+    expect_passed_on(request(FUSE_INIT, 0, noise(64)));
+    put(daemon_, answer(unique_, 0, bytes(init)));
+    memcpy(&init, next_answer().body.data(), sizeof init);
+    return init.flags;
+  };
+  EXPECT_EQ(flags(FUSE_DO_READDIRPLUS), uint32_t(FUSE_DO_READDIRPLUS));
+  int direct[2];
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, direct), 0);
+  ASSERT_EQ(kvfs_node_fuse_direct(node_, direct[1], 1ull << FUSE_READDIR | 1ull << FUSE_READDIRPLUS), 0);
+  EXPECT_EQ(flags(FUSE_DO_READDIRPLUS), uint32_t(FUSE_DO_READDIRPLUS | FUSE_READDIRPLUS_AUTO));
+  EXPECT_EQ(flags(0), 0u);
+  for (uint64_t ino : {uint64_t(1), kView}) {
+    const std::string names = request(FUSE_READDIR, ino, noise(40));
+    ask(names);
+    EXPECT_TRUE(get(direct[0]) == names);
+  }
+  expect_passed_on(request(FUSE_READDIRPLUS, kView, noise(40)));
+  close(direct[0]);
+}
+
 TEST_F(FuseChannelTest, OnlyForgetsOfTheDaemonsInodesReachIt) {
   const std::string one = bytes(fuse_forget_in{1});
   expect_dropped(request(FUSE_FORGET, kIno, one));

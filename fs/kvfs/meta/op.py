@@ -27,7 +27,7 @@ class Op:
         self.inodes: dict[int, Inode] = {}
         self.dirty: dict[int, Inode] = {}
         self.dropped: list[int] = []
-        """Directories whose record is removed."""
+        """Inodes whose record is removed."""
         self.files = 0
         self.bytes = 0
 
@@ -111,8 +111,7 @@ class Op:
 
     def drop_record(self, inode: Inode) -> None:
         self.dirty.pop(inode.ino, None)
-        if is_dir(inode):
-            self.dropped.append(inode.ino)
+        self.dropped.append(inode.ino)
         self.inodes.pop(inode.ino, None)
         self.txn.delete(schema.inode_key(inode.ino))
         start = schema.xattr_key(inode.ino)

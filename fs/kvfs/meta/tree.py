@@ -86,8 +86,8 @@ class Tree:
         self.clock = clock
         self.changes = 0
         """Committed by this object; `sync` has nothing to do while it stays the same."""
-        self.on_directory: Callable[[int, Inode | None], None] | None = None
-        """Told of each directory that was changed, and how it is now, or that it is gone."""
+        self.on_change: Callable[[int, Inode | None], None] | None = None
+        """Told of each inode that was changed, or one of its names, and how it is now, or that it is gone."""
         self.session: Final = secrets.randbits(63)
         self._shard = self.session & 0xFF
         self._ino_lock = threading.Lock()
@@ -130,12 +130,11 @@ class Tree:
 
         done, op = run(self.store, body)
         self.changes += 1
-        if self.on_directory is not None:
+        if self.on_change is not None:
             for inode in op.dirty.values():
-                if is_dir(inode):
-                    self.on_directory(inode.ino, inode)
+                self.on_change(inode.ino, inode)
             for ino in op.dropped:
-                self.on_directory(ino, None)
+                self.on_change(ino, None)
         return done
 
     def _look(self, fn: Callable[[Op], T]) -> T:

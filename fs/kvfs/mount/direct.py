@@ -22,9 +22,21 @@ from kvfs.meta.errors import FsError
 from kvfs.meta.schema import Inode
 from kvfs.node import Node
 
-from .attrs import BLOCK_SIZE, TIMEOUT_S, error_number
-from .blocks import VIEW_NAME
+from .attrs import error_number
+from .blocks import VIEW_NAME, ViewDir
 from .ops import DirHandle, MountOps
+from .packing import (
+    NO_ENTRY,
+    SMALLEST_DIRENT,
+    SMALLEST_ENTRY,
+    UNKNOWN_INO,
+    attr_out,
+    dirent,
+    direntplus,
+    entry_out,
+    view_entry,
+)
+from .prefetch import EntryPrefetch
 
 REQUEST_BYTES: Final = 8192
 """More than a head and the longest name."""
@@ -43,6 +55,7 @@ RELEASE: Final = 18
 GETXATTR: Final = 22
 FLUSH: Final = 25
 OPENDIR: Final = 27
+READDIR: Final = 28
 RELEASEDIR: Final = 29
 CREATE: Final = 35
 READDIRPLUS: Final = 44
@@ -51,9 +64,6 @@ FOPEN_KEEP_CACHE: Final = 2
 
 _IN: Final = Struct("<IIQQIIIHH")
 _OUT: Final = Struct("<IiQ")
-_ATTR: Final = "QQQqqqIIIIIIIIII"
-_ATTR_OUT: Final = Struct("<QII" + _ATTR)
-_ENTRY_OUT: Final = Struct("<QQQQII" + _ATTR)
 _OPEN_OUT: Final = Struct("<QIi")
 _CREATE_IN: Final = Struct("<IIII")
 _OPEN_IN: Final = Struct("<II")
@@ -61,62 +71,10 @@ _GETXATTR_IN: Final = Struct("<II")
 _GETXATTR_OUT: Final = Struct("<II")
 _FH_IN: Final = Struct("<Q")
 _READ_IN: Final = Struct("<QQI")
-_DIRENT: Final = Struct("<QQII")
-_SECOND: Final = 1_000_000_000
-_VALID_S: Final = int(TIMEOUT_S)
-_NO_ENTRY: Final = _ENTRY_OUT.pack(0, 0, _VALID_S, 0, 0, 0, *([0] * 16))
-"""The kernel may remember that there is no such name: only it can make one."""
-_SMALLEST_ENTRY: Final = _ENTRY_OUT.size + _DIRENT.size + 8
 
 Later = Awaitable[bytes | None]
 Reply = bytes | Later
 """What follows the answer's head, or what must be awaited for it."""
-
-
-def _attr(inode: Inode) -> tuple[int, ...]:
-    atime, atime_ns = divmod(inode.atime, _SECOND)
-    mtime, mtime_ns = divmod(inode.mtime, _SECOND)
-    ctime, ctime_ns = divmod(inode.ctime, _SECOND)
-    return (
-        inode.ino,
-        inode.size,
-        (inode.size + 511) // 512,
-        atime,
-        mtime,
-        ctime,
-        atime_ns,
-        mtime_ns,
-        ctime_ns,
-        inode.mode,
-        inode.nlink,
-        inode.uid,
-        inode.gid,
-        inode.rdev,
-        BLOCK_SIZE,
-        0,
-    )
-
-
-def entry_out(inode: Inode) -> bytes:
-    return _ENTRY_OUT.pack(inode.ino, 0, _VALID_S, _VALID_S, 0, 0, *_attr(inode))
-
-
-def _view_entry(entry: pyfuse3.EntryAttributes) -> bytes:
-    ino = int(entry.st_ino)
-    seconds, part = divmod(int(entry.entry_timeout * _SECOND), _SECOND)
-    inode = Inode(
-        0,
-        entry.st_mode,
-        entry.st_nlink,
-        entry.st_uid,
-        entry.st_gid,
-        entry.st_size,
-        0,
-        entry.st_atime_ns,
-        entry.st_mtime_ns,
-        entry.st_ctime_ns,
-    )
-    return _ENTRY_OUT.pack(ino, 0, seconds, seconds, part, part, ino, *_attr(inode)[1:])
 
 
 class DirectRequests:
@@ -126,7 +84,8 @@ class DirectRequests:
         self._node = node
         self._left: set[int] = set()
         """Directories for which the node has an answer to GETATTR."""
-        ops.tree.on_directory = self._directory
+        ops.tree.on_change = self._changed
+        self.prefetch = EntryPrefetch(ops, node)
         self._requests = requests
         self._kernel = kernel
         self._handlers: dict[int, Callable[[int, bytes, int, int], Reply]] = {
@@ -140,16 +99,31 @@ class DirectRequests:
             OPENDIR: self._opendir,
             RELEASEDIR: self._releasedir,
             CREATE: self._create,
+            READDIR: self._readdir,
             READDIRPLUS: self._readdirplus,
         }
 
-    OPCODES: Final = (LOOKUP, GETATTR, UNLINK, OPEN, RELEASE, GETXATTR, FLUSH, OPENDIR, RELEASEDIR, CREATE, READDIRPLUS)
+    OPCODES: Final = (
+        LOOKUP,
+        GETATTR,
+        UNLINK,
+        OPEN,
+        RELEASE,
+        GETXATTR,
+        FLUSH,
+        OPENDIR,
+        READDIR,
+        RELEASEDIR,
+        CREATE,
+        READDIRPLUS,
+    )
 
     async def serve(self) -> None:
         """Until cancelled or the node closes its end."""
         self._requests.setblocking(False)
         limit = trio.CapacityLimiter(TASKS)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.prefetch.run)
             while True:
                 await trio.lowlevel.wait_readable(self._requests)
                 for _ in range(BUDGET):
@@ -158,6 +132,7 @@ class DirectRequests:
                     except BlockingIOError:
                         break
                     if not message:
+                        nursery.cancel_scope.cancel()
                         return
                     later = self._take(message)
                     if later is not None:
@@ -197,13 +172,16 @@ class DirectRequests:
     def _lookup(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         name = message[_IN.size : -1]
         if nodeid == pyfuse3.ROOT_INODE and name == VIEW_NAME:
-            return _view_entry(self.ops.view.root())
+            return view_entry(self.ops.view.root())
         inode = self.ops.tree.find(nodeid, name)
-        return _NO_ENTRY if inode is None else entry_out(self.ops.files.overlay(inode))
+        if inode is None:
+            return NO_ENTRY
+        self.prefetch.missed(nodeid)
+        return entry_out(self.ops.files.overlay(inode))
 
     def _getattr(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         inode = self.ops.files.overlay(self.ops.tree.getattr(nodeid))
-        answer = _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode))
+        answer = attr_out(inode)
         if stat.S_ISDIR(inode.mode):
             if len(self._left) >= LEFT_MAX and nodeid not in self._left:
                 self._node.fuse_attr(self._left.pop(), None)
@@ -211,15 +189,16 @@ class DirectRequests:
                 self._left.add(nodeid)
         return answer
 
-    def _directory(self, ino: int, inode: Inode | None) -> None:
-        """The tree has changed a directory."""
+    def _changed(self, ino: int, inode: Inode | None) -> None:
+        """The tree has changed an inode."""
+        self.prefetch.changed(ino)
         if ino not in self._left:
             return
         if inode is None:
             self._left.discard(ino)
             self._node.fuse_attr(ino, None)
         else:
-            self._node.fuse_attr(ino, _ATTR_OUT.pack(_VALID_S, 0, 0, *_attr(inode)))
+            self._node.fuse_attr(ino, attr_out(inode))
 
     def _create(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         _, mode, _, _ = _CREATE_IN.unpack_from(message, _IN.size)
@@ -263,6 +242,32 @@ class DirectRequests:
         self.ops.close_directory(_FH_IN.unpack_from(message, _IN.size)[0])
         return b""
 
+    def _readdir(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
+        """Names alone: the kernel asks in this way while nobody looks at what they name."""
+        fh, cookie, size = _READ_IN.unpack_from(message, _IN.size)
+        handle = self.ops.handle(fh)
+        left = min(size, ANSWER_MAX)
+        parts: list[bytes] = []
+        if isinstance(handle, ViewDir):
+            for at, (name, _, _) in enumerate(handle.names[cookie:], cookie + 1):
+                part = dirent(UNKNOWN_INO, at, name, 0)
+                left -= len(part)
+                if left < 0:
+                    break
+                parts.append(part)
+            return b"".join(parts)
+        if not isinstance(handle, DirHandle):
+            raise FsError(errno.ENOTDIR)
+        while page := self.ops.tree.readdir(handle.ino, cookie, left // SMALLEST_DIRENT + 1):
+            for dentry in page:
+                part = dirent(dentry.ino, dentry.cookie, dentry.name, dentry.dtype)
+                left -= len(part)
+                if left < 0:
+                    return b"".join(parts)
+                cookie = dentry.cookie
+                parts.append(part)
+        return b"".join(parts)
+
     def _readdirplus(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         fh, cookie, size = _READ_IN.unpack_from(message, _IN.size)
         handle = self.ops.handle(fh)
@@ -271,15 +276,12 @@ class DirectRequests:
         left = min(size, ANSWER_MAX)
         parts: list[bytes] = []
         overlay = self.ops.files.overlay
-        while page := self.ops.tree.readdir_plus(handle.ino, cookie, left // _SMALLEST_ENTRY + 1):
+        while page := self.ops.tree.readdir_plus(handle.ino, cookie, left // SMALLEST_ENTRY + 1):
             for dentry, inode in page:
-                name = dentry.name
-                padded = (len(name) + 7) & ~7
-                left -= _ENTRY_OUT.size + _DIRENT.size + padded
+                part = direntplus(dentry, overlay(inode))
+                left -= len(part)
                 if left < 0:
                     return b"".join(parts)
                 cookie = dentry.cookie
-                parts.append(entry_out(overlay(inode)))
-                parts.append(_DIRENT.pack(inode.ino, cookie, len(name), stat.S_IFMT(inode.mode) >> 12))
-                parts.append(name.ljust(padded, b"\0"))
+                parts.append(part)
         return b"".join(parts)
