@@ -221,6 +221,7 @@ class Reactor {
   bool work_waiting();
   uint64_t deadline_ns() const { return std::min(store_->deadline_ns(), write_back_.deadline_ns()); }
   bool spin();
+  bool spin_for_mount();
   void sleep();
   void run_posted();
   void run_closing();
@@ -266,6 +267,8 @@ class Reactor {
   uint32_t drain_from_ = 0;
   bool job_ready_ = false;  // a job may go on without waiting for I/O
   int spin_credit_ = 4;
+  int mount_credit_ = 0;
+  uint32_t mount_rounds_ = 0, mount_trial_after_ = 64;
   uint32_t idle_rounds_ = 0;
   ReactorStats stats_;
 };
