@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from kvfs.meta.kv import Txn, run
 from kvfs.meta.sqlite import SqliteStore
 from kvfs.meta.tree import Tree
 from kvfs.node import Node, NodeConfig, format_store
-from kvfs_tools.fsck import FsckReport, fsck
+from kvfs_tools.fsck import FsckError, FsckReport, fsck
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -174,6 +175,51 @@ def test_chunks_of_no_file_and_beyond_its_end(place: Place) -> None:
         ("/d/f", 131072),
         ("/d/f", 196608),
     ]
+
+
+WRITER = """
+import os, sys, trio
+from pathlib import Path
+from kvfs.dataplane import DataPlane
+from kvfs.node import Node, NodeConfig
+
+async def main():
+    async with Node.open(NodeConfig(Path(sys.argv[1]))) as node, DataPlane.open(node) as data:
+        for ino, offset in ((999, 0), (int(sys.argv[2]), 1 << 20)):
+            data.inode_open(ino, 0)
+            await data.write(ino, offset, bytes(65536))
+            await data.fsync(ino)
+        os._exit(0)
+
+trio.run(main)
+"""
+
+
+def fsck_when_free(directory: Path) -> FsckReport:
+    """The kernel may hold a killed process's store a little longer, until its I/O has ended."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return fsck(directory, data=True)
+        except FsckError as e:
+            if "in use" not in str(e) or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
+
+
+def test_what_a_kill_leaves_behind_is_no_problem(place: Place) -> None:
+    """Bytes whose name or size the killed daemon had not stored yet."""
+    subprocess.run(
+        [sys.executable, "-c", WRITER, str(place.layout.store), str(place.inos[b"f"])], check=True, timeout=30
+    )
+    report = fsck_when_free(place.layout.root)
+    assert (report.exit_code, report.problems, report.closed_properly) == (0, [], False)
+    assert report.unfinished_chunks == 2
+    assert "2 chunks" in command(str(place.layout.root)).stdout
+    # Damage still is one, and what the kill left goes with the repair.
+    place.flip(CONTENT[b"g"])
+    assert [p.path for p in place.mend().problems] == ["/d/g"]
+    assert fsck(place.layout.root).unfinished_chunks == 0
 
 
 def test_an_unreadable_inode_does_not_cost_its_data(place: Place) -> None:

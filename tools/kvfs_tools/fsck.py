@@ -81,6 +81,8 @@ TEXT: Final = {
     Chunk.NAMESPACE_UNKNOWN: "block of a namespace that does not exist",
 }
 UNOWNED: Final = (Chunk.INODE_UNKNOWN, Chunk.BEYOND_SIZE, Chunk.NAMESPACE_UNKNOWN)
+LEFT_BY_A_CRASH: Final = (Chunk.INODE_UNKNOWN, Chunk.BEYOND_SIZE)
+"""Bytes are stored before the names and sizes that lead to them; the next start drops those without."""
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -115,6 +117,8 @@ class FsckReport(msgspec.Struct):
     salvaged_blocks: int = 0
     inodes: int = 0
     orphans_compared: bool = True
+    unfinished_chunks: int = 0
+    """Left by a crash: data that no name or size leads to yet. No problem: the next start drops it, and so does a repair."""
     found: int = 0
     """All problems, also those not listed one by one."""
     left: int = 0
@@ -290,7 +294,8 @@ class _Found:
 
 @dataclass(slots=True)
 class _Checked:
-    total: int
+    counts: list[int]
+    """By Chunk, of all problems."""
     findings: list[_Found]
     report: Any
     """Numbers of kvfs_check_report."""
@@ -344,7 +349,7 @@ def _native(layout: Layout, known: _Known, *, data: bool, repair: bool, progress
             if out.findings
             else []
         )
-        return _Checked(sum(out.counts), found, out[0])
+        return _Checked([int(n) for n in out.counts], found, out[0])
     finally:
         lib.kvfs_check_free(out)
 
@@ -362,10 +367,16 @@ def _store(
         return
     left = 0
     if done.report.repaired:
-        left = _native(layout, known, data=False, repair=False, progress=None).total
+        left = sum(_native(layout, known, data=False, repair=False, progress=None).counts)
     mended = bool(done.report.repaired) and left == 0
-    report.found += done.total - len(done.findings)
-    report.left += 0 if mended else done.total - len(done.findings)
+    if not done.report.closed:
+        report.unfinished_chunks = sum(done.counts[kind] for kind in LEFT_BY_A_CRASH)
+        for kind in LEFT_BY_A_CRASH:
+            done.counts[kind] = 0
+        done.findings = [f for f in done.findings if f.problem not in LEFT_BY_A_CRASH]
+    unlisted = sum(done.counts) - len(done.findings)
+    report.found += unlisted
+    report.left += 0 if mended else unlisted
     inos = {int.from_bytes(f.id[:8], "little") for f in done.findings if f.kind == 2 and f.length}
     paths = _paths(layout, inos)
     for found in done.findings:

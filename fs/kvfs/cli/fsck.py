@@ -67,6 +67,9 @@ def fsck(
         )
         if report.salvaged_blocks:
             typer.echo(f"{report.salvaged_blocks} blocks or pieces were found again")
+        if report.unfinished_chunks:
+            then = "dropped" if repair else "the next start drops them"
+            typer.echo(f"{report.unfinished_chunks} chunks that a crash left without a name or size: {then}")
         if not report.orphans_compared:
             typer.echo("chunks were not compared with the metadata, which is damaged")
         if report.found == 0:
