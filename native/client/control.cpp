@@ -172,6 +172,8 @@ void kvfs_close(kvfs_client* c) {
   delete c;
 }
 
+int kvfs_alive(const kvfs_client* c) { return !forked(c) && !peer_gone(c) ? 1 : 0; }
+
 int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, kvfs_iov* out) {
   if (c == nullptr || out == nullptr || bytes == 0 || (flags & ~KVFS_IOV_HUGE) != 0) return -EINVAL;
   std::lock_guard<std::mutex> g(c->mu);
@@ -202,8 +204,8 @@ int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, kvfs_iov* out
 
 int kvfs_iov_free(kvfs_client* c, kvfs_iov* iov) {
   if (c == nullptr || iov == nullptr) return -EINVAL;
-  std::lock_guard<std::mutex> g(c->mu);
   if (forked(c)) return -ECHILD;
+  std::lock_guard<std::mutex> g(c->mu);
   auto it = std::find_if(c->iovs.begin(), c->iovs.end(),
                          [&](const ClientIov& v) { return v.iov.id == iov->id && v.iov.base == iov->base; });
   if (it == c->iovs.end()) return -EBADF;
@@ -223,6 +225,7 @@ int kvfs_iov_free(kvfs_client* c, kvfs_iov* iov) {
 
 static int simple_call(kvfs_client* c, Ctl type, uint32_t id) {
   if (c == nullptr) return -EINVAL;
+  if (forked(c)) return -ECHILD;  // before the lock, which another thread may have held at the fork
   std::lock_guard<std::mutex> g(c->mu);
   CtlRequest q;
   CtlReply r;

@@ -22,6 +22,7 @@ struct Place {
   ino_t ino = 0;
   uint64_t off = 0;  // of the area's first byte in the file
   char path[512] = "";
+  char map[64] = "";  // the mapping itself, in /proc/self/map_files
 };
 
 // Where [from, to) lies, if all of it is one stretch of one shared mapping's file.
@@ -48,6 +49,7 @@ int find_place(uintptr_t from, uintptr_t to, Place* out) {
       out->dev = makedev(major, minor);
       out->ino = ino;
       out->off = here;
+      snprintf(out->map, sizeof out->map, "/proc/self/map_files/%" PRIxPTR "-%" PRIxPTR, start, end);
       line[strcspn(line, "\n")] = 0;
       snprintf(out->path, sizeof out->path, "%s", path_at > 0 ? line + path_at : "");
     } else if (out->dev != makedev(major, minor) || out->ino != ino || here != out->off + (at - from)) {
@@ -68,7 +70,8 @@ bool is_it(int fd, const Place& p) {
          (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
 }
 
-// A descriptor for the file, or -errno: one that the process has, or its path.
+// A descriptor for the file, or -errno: its path, one that the process has, or (a file without either; with
+// CAP_CHECKPOINT_RESTORE) the mapping.
 int open_place(const Place& p) {
   int fd = -1;
   if (p.path[0] == '/' && strncmp(p.path, "/memfd:", 7) != 0) {
@@ -86,9 +89,22 @@ int open_place(const Place& p) {
     break;
   }
   closedir(d);
-  return fd >= 0 ? fd : -ENOENT;
+  if (fd >= 0) return fd;
+  fd = open(p.map, O_RDWR | O_CLOEXEC);
+  if (fd >= 0 && is_it(fd, p)) return fd;
+  if (fd >= 0) close(fd);
+  return -ENOENT;
 }
 }  // namespace
+
+int kvfs_iov_place(const void* base, uint64_t bytes, kvfs_place* out) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(base);
+  if (base == nullptr || bytes == 0 || bytes > UINTPTR_MAX - from) return -EINVAL;
+  Place p;
+  const int err = find_place(from, from + bytes, &p);
+  if (err == 0) *out = {p.dev, p.ino, p.off};
+  return err;
+}
 
 int kvfs_iov_register(kvfs_client* c, void* base, uint64_t bytes, kvfs_iov* out) {
   if (c == nullptr || out == nullptr || base == nullptr || bytes == 0) return -EINVAL;

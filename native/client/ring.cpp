@@ -106,16 +106,15 @@ int kvfs_arm(kvfs_ring* r, int min) {
   return tail - r->q.cq_head() >= uint32_t(min) || r->q.broken() != 0 ? 1 : 0;
 }
 
-int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns) {
+int kvfs_sleep(kvfs_ring* r, int min, uint64_t timeout_ns) {
   if (forked(r->client)) return -ECHILD;
-  if (min < 1 || max < min || uint32_t(min) > r->q.entries()) return -EINVAL;
+  if (min < 1 || uint32_t(min) > r->q.entries()) return -EINVAL;
   if (r->armed) {
     r->armed = false;
     r->q.disarm();
   }
-  if (uint32_t(min) > r->q.inflight() - r->q.unpublished()) return -EDEADLK;  // would never come
-  if (r->q.ready() >= uint32_t(min)) return r->q.pop(out, max);
-  spin(r, uint32_t(min));
+  if (r->q.ready() >= uint32_t(min)) return 0;
+  if (timeout_ns != 0) spin(r, uint32_t(min));
   uint64_t deadline = UINT64_MAX;
   if (timeout_ns != KVFS_NO_TIMEOUT) {
     uint64_t now = now_ns();
@@ -133,7 +132,7 @@ int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns
     if (tail - r->q.cq_head() >= uint32_t(min)) break;
     uint64_t now = now_ns();
     if (now >= deadline) {
-      result = -ETIMEDOUT;
+      result = peer_gone(r->client) && r->q.ready() < uint32_t(min) ? -EREMOTEIO : -ETIMEDOUT;
       break;
     }
     uint64_t slice = deadline - now < kSliceNs ? deadline - now : kSliceNs;
@@ -143,7 +142,15 @@ int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns
     }
   }
   if (armed) r->q.disarm();
-  return result != 0 ? result : r->q.pop(out, max);
+  return result;
+}
+
+int kvfs_wait(kvfs_ring* r, kvfs_cqe* out, int min, int max, uint64_t timeout_ns) {
+  if (forked(r->client)) return -ECHILD;
+  if (min < 1 || max < min || uint32_t(min) > r->q.entries()) return -EINVAL;
+  if (uint32_t(min) > r->q.inflight() - r->q.unpublished()) return -EDEADLK;  // would never come
+  const int err = kvfs_sleep(r, min, timeout_ns);
+  return err != 0 ? err : r->q.pop(out, max);
 }
 
 int kvfs_inflight(const kvfs_ring* r) { return int(r->q.inflight()); }

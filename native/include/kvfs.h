@@ -29,6 +29,11 @@ struct kvfs_iov {
   uint16_t id;   /* for kvfs_sqe.iov */
 };
 
+/* Where memory of the caller's own lies. */
+struct kvfs_place {
+  uint64_t dev, ino, off; /* off: of the first byte in the file */
+};
+
 /* One key of a batch. `value_off` is where the value lies in the iov. */
 struct kvfs_block {
   const void* key;
@@ -61,14 +66,18 @@ struct kvfs_batch {
 int kvfs_open(const char* socket_path, kvfs_client** out);
 /* Frees rings and iovs too. NULL is fine. */
 void kvfs_close(kvfs_client* c);
+/* 1: the daemon is there; 0: it is gone for good, or this is a forked child. */
+int kvfs_alive(const kvfs_client* c);
 
 int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, struct kvfs_iov* out);
 /* Shares memory that the caller has mapped: it must be a MAP_SHARED mapping of a memfd or of a file on tmpfs such as
  * /dev/shm/x, which is found through /proc/self/maps and the process's descriptors (-EOPNOTSUPP if it is not that;
- * -ENOENT if the file can't be opened any more). The area is widened to whole pages: see out->base. The file must not be
+ * -ENOENT if it is unlinked, no descriptor of it is open, and CAP_CHECKPOINT_RESTORE is missing). The area is widened to whole pages: see out->base. The file must not be
  * made shorter while it is shared: operations get -EFAULT then. kvfs_iov_free ends the sharing, not the mapping. */
 int kvfs_iov_register(kvfs_client* c, void* base, uint64_t bytes, struct kvfs_iov* out);
 int kvfs_iov_free(kvfs_client* c, struct kvfs_iov* iov);
+/* Which bytes of which file such memory is; else -EOPNOTSUPP. Equal places are the same bytes. */
+int kvfs_iov_place(const void* base, uint64_t bytes, struct kvfs_place* out);
 
 /* Handle of a namespace (>= 0). */
 int kvfs_ns_open(kvfs_client* c, const char* tenant, const char* name, uint32_t flags);
@@ -97,6 +106,9 @@ int kvfs_ring_event_fd(kvfs_ring* r);
 /* Before waiting on that descriptor. 1: at least min completions are there already, do not wait; 0: wait, then kvfs_peek
  * or kvfs_batch_poll, and arm again. */
 int kvfs_arm(kvfs_ring* r, int min);
+/* The sleep of kvfs_wait alone: 0 once min completions are there, or its errors. For a ring behind a lock: while one
+ * thread sleeps here without the lock, others may prepare and submit with it, but nobody may reap. */
+int kvfs_sleep(kvfs_ring* r, int min, uint64_t timeout_ns);
 /* Operations submitted and not yet reaped. */
 int kvfs_inflight(const kvfs_ring* r);
 
