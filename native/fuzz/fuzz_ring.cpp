@@ -32,7 +32,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       d.take(&s);
       if (++held > kEntries) abort();
       int err = check_sqe(s, what & 8);
-      if (err == 0 && !(what & 8) && (s.opcode > KVFS_OP_SCAN || (op_has_iov(s.opcode) && s.iov == KVFS_IOV_INPROC)))
+      if (err == 0 && !(what & 8) && (s.opcode > KVFS_OP_PUNCH || (op_has_iov(s.opcode) && s.iov == KVFS_IOV_INPROC)))
         abort();
       if (err > 0) abort();
     }

@@ -26,11 +26,14 @@ enum kvfs_opcode {
                          -EEXIST same key with another length, -ENOSPC, -EINVAL len 0 or > KVFS_VALUE_MAX */
   KVFS_OP_EXISTS = 3, /* result = value length in bytes, -ENOENT */
   KVFS_OP_EVICT = 4,  /* result 0, -ENOENT */
-  KVFS_OP_READ = 5,   /* file read: handle = registered file; result = bytes, short at EOF; holes read as zeros */
+  KVFS_OP_READ = 5,   /* file read: handle = registered file; result = bytes, short at EOF; holes read as zeros, or
+                         -ENODATA with KVFS_SQE_NO_HOLES */
   KVFS_OP_WRITE = 6,  /* file write; result = len */
   KVFS_OP_FSYNC = 7,  /* file data (handle) to stable storage; result 0 */
   KVFS_OP_SCAN = 8,   /* list a namespace: off = cursor (0 starts), len = room in iov; packs struct kvfs_scan_entry
                          records; result = bytes packed, 0 = end. The next cursor is the last record's `cursor`. */
+  KVFS_OP_PUNCH = 9,  /* bytes [off, off + iov_off) of a file (handle, open for writing) read as zeros from now on, and
+                         whole chunks' space comes back; result 0. The size stays. */
   /* Below: the in-process ring of the daemon only (anything else gets -EPERM). `handle` is unused; key/off name things. */
   KVFS_OP_INODE_READ = 32, /* off, len of inode `ino` (first 8 bytes of key) */
   KVFS_OP_INODE_WRITE = 33,
@@ -46,9 +49,10 @@ enum kvfs_opcode {
 /* The in-process ring uses GET/PUT/EXISTS/EVICT/SCAN with handle = namespace id (u32), no registration needed. */
 
 /* SQE flags */
-#define KVFS_SQE_DURABLE 0x01u /* PUT/WRITE/EVICT: complete only once it would survive power loss */
-#define KVFS_SQE_FUSE 0x02u    /* in-process only: this read fills the kernel's page cache */
-#define KVFS_SQE_NOTOUCH 0x04u /* do not count this access for eviction */
+#define KVFS_SQE_DURABLE 0x01u  /* PUT/WRITE/EVICT: complete only once it would survive power loss */
+#define KVFS_SQE_FUSE 0x02u     /* in-process only: this read fills the kernel's page cache */
+#define KVFS_SQE_NOTOUCH 0x04u  /* do not count this access for eviction */
+#define KVFS_SQE_NO_HOLES 0x08u /* READ: -ENODATA where nothing was written, as far as chunks tell */
 
 /* How a sleeping client is woken. */
 #define KVFS_WAKE_FUTEX 1u /* FUTEX_WAKE on cq_tail */

@@ -37,6 +37,7 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
   switch (s.opcode) {
     case KVFS_OP_READ:
     case KVFS_OP_WRITE:
+    case KVFS_OP_PUNCH:
     case KVFS_OP_FSYNC: {
       if (r->session == nullptr || s.handle >= r->session->files.size()) return -EBADF;
       const FileHandle& f = r->session->files[s.handle];
@@ -77,6 +78,7 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
       j->mem = static_cast<char*>(mem.ptr);
       j->off = j->pos = s.off;
       j->end = s.off + len;
+      j->no_holes = (s.flags & KVFS_SQE_NO_HOLES) != 0;
       jobs_.push_back(j);
       break;
     }
@@ -130,6 +132,18 @@ int Reactor::start_file(Ring* r, const kvfs_sqe& s) {
       j->ino = ino;
       j->off = j->pos = s.off;
       j->alone = true;
+      jobs_.push_back(j);
+      enter(j);
+      break;
+    }
+    case KVFS_OP_PUNCH: {
+      if (!can_write) return -EBADF;
+      Job* j = new_job(r, s, Job::Type::Punch);
+      j->inode = inode;
+      j->ino = inode->ino;
+      j->off = j->pos = s.off;
+      j->end = s.off + s.iov_off;
+      j->alone = j->punching = true;
       jobs_.push_back(j);
       enter(j);
       break;
@@ -248,7 +262,15 @@ bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char
   }
   const ChunkKey key = file_key(j->ino, index);
   ChunkInfo info;
-  if (store_->lookup(key, &info) != -ENOENT) return issue(j, Request::Op::Get, key, in, len, mem, dirty);
+  const int64_t stored = store_->lookup(key, &info);
+  if (j->no_holes) {
+    const int64_t end = dirty != nullptr ? WriteBack::end_of(*dirty) : 0;
+    if (std::max(stored, end) < int64_t{in} + len) {
+      j->err = -ENODATA;
+      return false;
+    }
+  }
+  if (stored != -ENOENT) return issue(j, Request::Op::Get, key, in, len, mem, dirty);
   if (++*holes > kHolesPerStep) return false;
   memset(mem, 0, len);
   if (dirty != nullptr) WriteBack::overlay(*dirty, in, len, mem);
@@ -306,6 +328,38 @@ void Reactor::step_range(Job* j) {
   j->generated = j->pos == j->end || j->err != 0;
 }
 
+// Writes zeros to a part of one chunk, if it has anything there. False: try again later.
+bool Reactor::zero_piece(Job* j, uint64_t at, uint32_t len) {
+  static char zeros[kFileChunk];
+  const uint64_t index = at / kFileChunk;
+  ChunkInfo info;
+  if (write_back_.find(j->ino, index) == nullptr && store_->lookup(file_key(j->ino, index), &info) == -ENOENT)
+    return true;
+  return write_piece(j, index, uint32_t(at % kFileChunk), len, zeros);
+}
+
+// Zeros for the parts of chunks at the edges of [pos, end); then pos and end are those of the whole chunks between, which
+// go. What the last chunk has up to the end of the file is all of it.
+void Reactor::step_punch(Job* j) {
+  const uint64_t size = j->inode->size.load(std::memory_order_relaxed);
+  const uint32_t head = uint32_t(j->pos % kFileChunk), tail = uint32_t(j->end % kFileChunk);
+  if (head != 0) {
+    const uint32_t len = uint32_t(std::min<uint64_t>(kFileChunk - head, j->end - j->pos));
+    if (!zero_piece(j, j->pos, len)) return;
+    j->pos += len;
+  } else if (tail != 0 && j->end != size) {
+    const uint32_t len = uint32_t(std::min<uint64_t>(tail, j->end - j->pos));
+    if (!zero_piece(j, j->end - len, len)) return;
+    j->end -= len;
+  } else {
+    if (!drain_flights(j)) return;  // what set out since may be of these chunks
+    write_back_.drop(j->ino, j->pos / kFileChunk, (j->end + kFileChunk - 1) / kFileChunk);
+    j->type = Job::Type::Truncate;
+    return;
+  }
+  j->generated = j->pos >= j->end;
+}
+
 // Deletes the chunks of [pos, end), after cutting the first one if pos lies inside it.
 void Reactor::step_chunks(Job* j) {
   uint32_t in = uint32_t(j->pos % kFileChunk);
@@ -343,7 +397,9 @@ void Reactor::step_scan_delete(Job* j) {
   bool more = store_->scan(&j->cursor, kScanBudget, file ? Kind::File : Kind::Block, file ? UINT32_MAX : j->ns,
                            [&](const ChunkInfo& c) {
                              if (n == room) return false;
-                             if (file && (key_u64(c.key.id) != j->ino || key_u64(c.key.id + 8) < j->pos / kFileChunk))
+                             const uint64_t index = key_u64(c.key.id + 8);
+                             if (file && (key_u64(c.key.id) != j->ino || index < j->pos / kFileChunk ||
+                                          (j->punching && index * kFileChunk >= j->end)))
                                return true;
                              keys[n++] = c.key;
                              return true;
@@ -408,7 +464,7 @@ bool Reactor::step(Job* j) {
   if (j->alone && !j->begun) {
     if (!drain_flights(j)) return false;
     begin_alone(j);
-    write_back_.cut(j->ino, j->pos);
+    if (!j->punching) write_back_.cut(j->ino, j->pos);
   }
   if (!j->generated) {
     switch (j->type) {
@@ -424,6 +480,10 @@ bool Reactor::step(Job* j) {
         break;
       case Job::Type::Truncate:
         step_chunks(j);
+        break;
+      case Job::Type::Punch:
+        step_punch(j);
+        if (j->flushes != 0) return false;
         break;
       case Job::Type::NsDelete:
       case Job::Type::InodeDelete:
@@ -448,7 +508,7 @@ bool Reactor::step(Job* j) {
     note_landed(j->inode);
     leave(j);
   }
-  if ((j->is_write || j->type == Job::Type::Fsync) && !j->settled && !settle(j)) return false;
+  if ((j->is_write || j->punching || j->type == Job::Type::Fsync) && !j->settled && !settle(j)) return false;
   int64_t result = j->is_write ? j->result : j->err;
   if (j->type == Job::Type::Read && result == 0) {
     result = int64_t(j->end - j->off);

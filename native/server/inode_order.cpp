@@ -62,6 +62,9 @@ void Reactor::begin_alone(Job* j) {
   uint64_t size = j->inode->size.load(std::memory_order_relaxed);
   if (j->clearing) {
     j->pos = j->fail_pos > size ? j->fail_pos : size;  // another write may have made a part of it the file's
+  } else if (j->punching) {
+    j->end = std::min(j->end, size);
+    if (j->pos < j->end) j->inode->wrote(0, now_ns());
   } else {
     j->end = size;
     j->inode->size.store(j->off, std::memory_order_release);

@@ -95,7 +95,7 @@ struct Op {
 // An operation that needs many store requests or many steps: file ranges, deletes, scans. At most kJobWidth requests
 // under way at once.
 struct Job {
-  enum class Type : uint8_t { Read, Write, Truncate, Delete, NsDelete, InodeDelete, Scan, Fsync, Land, Sync };
+  enum class Type : uint8_t { Read, Write, Truncate, Punch, Delete, NsDelete, InodeDelete, Scan, Fsync, Land, Sync };
   Type type = Type::Read;
   uint8_t flags = 0;
   Kind kind = Kind::File;
@@ -117,7 +117,8 @@ struct Job {
   Request::Op last = Request::Op::Flush;  // Fsync, Sync: what follows the flushes
   // Writes and truncations, which take turns on the inode: see enter().
   bool is_write = false;  // whatever phase it is in
-  bool alone = false;     // a truncation, or a write that clears: has the inode to itself
+  bool alone = false;     // a truncation, a punch, or a write that clears: has the inode to itself
+  bool punching = false;  // a punch, whatever phase it is in
   bool held = false;      // its turn has not come
   bool in_turn = false;
   bool begun = false;              // alone: the range is known
@@ -128,6 +129,7 @@ struct Job {
   int64_t result = 0;              // Write: what the client is told
   uint64_t fail_pos = UINT64_MAX;  // Write: lowest file offset that failed
   uint32_t packed = 0, room = 0;   // Scan: bytes
+  bool no_holes = false;           // Read: holes are errors
 };
 constexpr uint32_t kJobWidth = 64;
 constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and turn
@@ -201,6 +203,8 @@ class Reactor {
   void advance_landed();
   void ask_drop(const InodeRef& inode);
   void step_range(Job* j);
+  void step_punch(Job* j);
+  bool zero_piece(Job* j, uint64_t at, uint32_t len);
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
   void step_scan(Job* j);

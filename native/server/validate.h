@@ -22,11 +22,12 @@ inline bool op_has_iov(uint8_t op) {
 
 // `s` is the daemon's private copy. 0 or -errno.
 inline int check_sqe(const kvfs_sqe& s, bool inproc) {
-  if (s.opcode > KVFS_OP_SCAN) {
+  if (s.opcode > KVFS_OP_PUNCH) {
     if (s.opcode < KVFS_OP_INODE_READ || s.opcode > KVFS_OP_INODE_LAND) return -EOPNOTSUPP;
     if (!inproc) return -EPERM;
   }
-  if (s.flags & ~(KVFS_SQE_DURABLE | KVFS_SQE_FUSE | KVFS_SQE_NOTOUCH)) return -EINVAL;
+  if (s.flags & ~(KVFS_SQE_DURABLE | KVFS_SQE_FUSE | KVFS_SQE_NOTOUCH | KVFS_SQE_NO_HOLES)) return -EINVAL;
+  if ((s.flags & KVFS_SQE_NO_HOLES) && s.opcode != KVFS_OP_READ) return -EINVAL;
   if ((s.flags & KVFS_SQE_FUSE) && !inproc) return -EPERM;
   if (!all_zero(s.rsv0, sizeof s.rsv0) || !all_zero(s.rsv1, sizeof s.rsv1) || !all_zero(s.rsv2, sizeof s.rsv2))
     return -EINVAL;
@@ -45,6 +46,9 @@ inline int check_sqe(const kvfs_sqe& s, bool inproc) {
     case KVFS_OP_INODE_DELETE:
       // Offsets are POSIX off_t: no byte may lie beyond INT64_MAX.
       if (s.off > uint64_t(INT64_MAX) - s.len) return -EFBIG;
+      break;
+    case KVFS_OP_PUNCH:
+      if (s.off > uint64_t(INT64_MAX) || s.iov_off > uint64_t(INT64_MAX) - s.off) return -EFBIG;
       break;
     default:
       break;

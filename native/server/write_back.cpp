@@ -151,6 +151,14 @@ bool WriteBack::covers(const DirtyChunk& c, uint32_t off, uint32_t len) {
   });
 }
 
+uint32_t WriteBack::end_of(const DirtyChunk& c) {
+  uint32_t end = 0;
+  for (uint32_t k = 0; k < kChunkPages; ++k) {
+    if (c.pages[k].mem != nullptr) end = k * kDirtyPage + c.pages[k].to;
+  }
+  return end;
+}
+
 void WriteBack::overlay(const DirtyChunk& c, uint32_t off, uint32_t len, char* dst) {
   each_page(off, len, [&](uint32_t k, uint32_t a, uint32_t b) {
     const DirtyPage& p = c.pages[k];
@@ -399,13 +407,37 @@ void WriteBack::cut(uint64_t ino, uint64_t size) {
         p.to = uint16_t(size - base);
       }
     }
-    if (c->dirty == 0) {
-      unlink(c);
-      tell(&c->next, 0);
-    }
-    settle(c);
+    dropped(c);
   }
   listener_.moved(listener_.owner, ino);
+}
+
+void WriteBack::drop(uint64_t ino, uint64_t first, uint64_t end) {
+  const auto i = inodes_.find(ino);
+  if (i == inodes_.end()) return;
+  std::vector<DirtyChunk*> touched;
+  for (auto c = i->second.lower_bound(first); c != i->second.end() && c->first < end; ++c)
+    touched.push_back(c->second.get());
+  for (DirtyChunk* c : touched) {
+    KVFS_CHECK(!c->flushing);
+    for (DirtyPage& p : c->pages) {
+      if (!p.dirty) continue;
+      if (c->readers != 0) memset(p.mem + p.from, 0, size_t(p.to - p.from));  // or older bytes would come to light
+      p.dirty = false;
+      --c->dirty;
+    }
+    dropped(c);
+  }
+  listener_.moved(listener_.owner, ino);
+}
+
+// Some of its pages may have been.
+void WriteBack::dropped(DirtyChunk* c) {
+  if (c->dirty == 0) {
+    unlink(c);
+    tell(&c->next, 0);
+  }
+  settle(c);
 }
 
 void WriteBack::drop_page(DirtyChunk* c, uint32_t k) {

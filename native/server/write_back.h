@@ -80,6 +80,8 @@ class WriteBack {
   // The same for a read: null also if the store has it all.
   DirtyChunk* find_newer(uint64_t ino, uint64_t index) const;
   static bool covers(const DirtyChunk& c, uint32_t off, uint32_t len);
+  // Behind the last byte that is held.
+  static uint32_t end_of(const DirtyChunk& c);
   // Lays what is held of [off, off + len) over `dst`, which begins at off.
   static void overlay(const DirtyChunk& c, uint32_t off, uint32_t len, char* dst);
   // A read of the chunk's bytes in the store that overlay() will follow. Until then nothing that is held now is dropped.
@@ -98,6 +100,8 @@ class WriteBack {
   void kick_all();
   // Forgets all bytes from `size` on. Nothing from there on is on its way.
   void cut(uint64_t ino, uint64_t size);
+  // Forgets the new bytes of chunks [first, end), of which nothing is on its way.
+  void drop(uint64_t ino, uint64_t first, uint64_t end);
   // The first error of a flush of the inode since the last call; 0: none.
   int64_t take_error(uint64_t ino);
 
@@ -129,6 +133,7 @@ class WriteBack {
   static void on_written(Request* r);
   void over(Flush* f, int64_t result);
   void drop_page(DirtyChunk* c, uint32_t k);
+  void dropped(DirtyChunk* c);
   void settle(DirtyChunk* c);
   void tell(std::vector<Job*>* waiting, int64_t err);
   bool linked(const DirtyChunk* c) const { return c->older != nullptr || c->younger != nullptr || oldest_ == c; }

@@ -155,7 +155,7 @@ TEST_F(HostileTest, RacingSqes) {
             __atomic_store_n(&s.iov_off, rng() % 2 ? 0 : rng(), __ATOMIC_RELAXED);
             __atomic_store_n(&s.len, uint32_t(rng() % 2 ? 4096 : rng()), __ATOMIC_RELAXED);
             __atomic_store_n(&s.iov, uint16_t(rng() % 2 ? 0 : rng()), __ATOMIC_RELAXED);
-            __atomic_store_n(&s.opcode, uint8_t(rng() % 9), __ATOMIC_RELAXED);
+            __atomic_store_n(&s.opcode, uint8_t(rng() % 10), __ATOMIC_RELAXED);
             static_cast<volatile char*>(v.base)[rng() % (1 << 20)] = char(rng());
           }
         });
