@@ -24,8 +24,8 @@ struct kvfs_client {
   std::string path;
   uint8_t token[16] = {};
   bool dead = false;              // a reply was lost: no further control calls
-  std::vector<kvfs_ring*> rings;  // <= 16
-  std::vector<ClientIov> iovs;    // <= 64
+  std::vector<kvfs_ring*> rings;  // <= 256
+  std::vector<ClientIov> iovs;    // <= 256
 };
 
 struct kvfs_ring {

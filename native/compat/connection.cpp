@@ -178,9 +178,9 @@ int Registry::make(const char* mount_point, uint64_t dev, std::shared_ptr<Connec
   std::string socket;
   int err = socket_of(mount_point, &socket);
   kvfs_client* client = nullptr;
-  if (err == 0) err = kvfs_open(socket.c_str(), &client);
-  if (err == -ECONNREFUSED || err == -ENOTCONN) return -EREMOTEIO;
-  if (err != 0) return err;
+  if (err != 0) return err == -ENOTCONN ? -EREMOTEIO : err;
+  err = kvfs_open(socket.c_str(), &client);
+  if (err != 0) return err == -ECONNREFUSED || err == -ENOENT ? -EREMOTEIO : err;  // nobody is there
   *out = connections_[dev] = std::make_shared<Connection>(client, dev);
   return 0;
 }

@@ -64,7 +64,7 @@ void remove_left_behind() {
     const int fd = openat(dirfd(d), e->d_name, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
     if (fd < 0) continue;
     struct stat st;
-    const bool old = fstat(fd, &st) == 0 && st.st_uid == geteuid() && time(nullptr) - st.st_ctime > kNewborn;
+    const bool old = fstat(fd, &st) == 0 && st.st_uid == geteuid() && time(nullptr) - st.st_mtime > kNewborn;
     if (old && flock(fd, LOCK_EX | LOCK_NB) == 0) unlinkat(dirfd(d), e->d_name, 0);
     close(fd);
   }

@@ -267,9 +267,10 @@ void ControlServer::handle(Client* c, const CtlRequest& q) {
 void ControlServer::ring_create(Client* c, const CtlRequest& q) {
   uint32_t id = 0;
   while (id < kMaxRings && c->rings[id] != nullptr) ++id;
-  if (id == kMaxRings) return reply(c, q, -EMFILE);
+  const uint64_t bytes = ring_bytes(uint32_t(q.a));
+  if (id == kMaxRings || bytes > kMaxRingBytes - c->ring_bytes) return reply(c, q, -EMFILE);
   auto r = std::make_unique<Ring>();
-  r->bytes = ring_bytes(uint32_t(q.a));
+  r->bytes = bytes;
   int fds[2] = {-1, -1};
   int err = make_shared_memory("kvfs-ring", r->bytes, false, &fds[0], &r->mem);
   if (err != 0) return reply(c, q, err);
@@ -286,6 +287,7 @@ void ControlServer::ring_create(Client* c, const CtlRequest& q) {
   r->session = c->session;
   Ring* raw = r.release();
   c->rings[id] = raw;
+  c->ring_bytes += bytes;
   ++stats_.rings;
   reactor_->post([re = reactor_, raw, id] {
     raw->session->rings[id] = raw;
@@ -303,9 +305,12 @@ void ControlServer::ring_destroy(Client* c, const CtlRequest& q) {
     r->session->rings[q.id] = nullptr;
     reactor_->close_ring(r, [this, r, q, cid] {
       post([this, r, q, cid] {
+        const uint64_t bytes = r->bytes;
         free_ring(r);
         Client* cl = find(cid);
-        if (cl != nullptr && !cl->closing) reply(cl, q, 0);
+        if (cl == nullptr) return;
+        cl->ring_bytes -= bytes;
+        if (!cl->closing) reply(cl, q, 0);
       });
     });
   });

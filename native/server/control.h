@@ -63,7 +63,7 @@ class ControlServer {
     std::array<Ring*, kMaxRings> rings{};
     std::array<Iov*, kMaxIovs> iovs{};
     std::vector<bool> ns_used, files_used;
-    uint64_t bytes = 0;
+    uint64_t bytes = 0, ring_bytes = 0;
     bool busy = false;  // a request is under way: nothing is read until it is answered
     bool closing = false;
     uint64_t upcall = 0;  // under way for `pending`

@@ -23,11 +23,12 @@
 
 namespace kvfs {
 
-constexpr unsigned kMaxRings = 16;     // per session
-constexpr unsigned kMaxIovs = 64;      // per session
-constexpr unsigned kMaxNs = 1024;      // namespace handles per session
-constexpr unsigned kMaxFiles = 4096;   // file handles per session
-constexpr unsigned kMaxOps = 1 << 16;  // store requests under way, all rings together
+constexpr unsigned kMaxRings = 256;            // per session, of kMaxRingBytes together
+constexpr unsigned kMaxIovs = 256;             // per session
+constexpr unsigned kMaxNs = 1024;              // namespace handles per session
+constexpr unsigned kMaxFiles = 4096;           // file handles per session
+constexpr unsigned kMaxOps = 1 << 16;          // store requests under way, all rings together
+constexpr uint64_t kMaxRingBytes = 10u << 20;  // per session: 17 of the largest rings
 constexpr uint64_t kFixedMax = 1u << 30;
 constexpr uint64_t kDirtyBytes = 128u << 20;  // of files: acknowledged, not in the store
 

@@ -214,7 +214,14 @@ TEST_F(NodeTest, Limits) {
   int err = 0;
   while ((err = kvfs_ring_create(k.c, 2, &r)) == 0) rings.push_back(r);
   EXPECT_EQ(err, -EMFILE);
-  EXPECT_EQ(rings.size(), 15u);
+  EXPECT_EQ(rings.size(), 255u);
+  for (kvfs_ring* x : rings) ASSERT_EQ(kvfs_ring_destroy(x), 0);
+  rings.clear();
+  while ((err = kvfs_ring_create(k.c, KVFS_RING_MAX_ENTRIES, &r)) == 0) rings.push_back(r);
+  EXPECT_EQ(err, -EMFILE);
+  EXPECT_EQ(rings.size(), 17u);
+  ASSERT_EQ(kvfs_ring_destroy(rings[0]), 0);  // what it took is free again
+  EXPECT_EQ(kvfs_ring_create(k.c, KVFS_RING_MAX_ENTRIES, &r), 0);
   EXPECT_EQ(kvfs_ring_create(k.c, 3, &r), -EINVAL);
   kvfs_iov v;
   EXPECT_EQ(kvfs_iov_alloc(k.c, uint64_t(1) << 36, 0, &v), -EDQUOT);

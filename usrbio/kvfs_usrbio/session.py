@@ -23,7 +23,7 @@ from kvfs_usrbio.queue import Queue
 SOCKET_NAME: Final = "kvfs.sock"  # in the data directory
 INFO_NAME: Final = ".kvfs/info"  # in the mount
 RING_ENTRIES: Final = 256
-MAX_LANES: Final = 10  # rings for blocking calls; the daemon gives a session 16, the others are for queues
+MAX_LANES: Final = 10  # rings for blocking calls; more threads would wait for the same daemon
 INFO_BYTES: Final = 65536
 
 
