@@ -1,4 +1,4 @@
-"""`kvfs bench posix`: how rows are judged, what it refuses, one small run of every row, and what an interrupt leaves."""
+"""`kvfs bench posix` and `usrbio`: how rows are judged, what it refuses, one small run of every row, and what an interrupt leaves."""
 
 import json
 import os
@@ -57,11 +57,13 @@ def test_a_row_compares_with_each_other_contender() -> None:
         (["posix", "--peer-program", "/bin/true"], 2, "--peer-program needs --peer"),
         (["posix", "--peer", "juicefs", "--peer-program", "/no/juicefs"], 1, "/no/juicefs is not a program"),
         (["--quick", "posix"], 2, "options of posix come after its name"),
+        (["usrbio", "--engine", "/no/engine.so"], 1, "/no/engine.so is not there: build 3FS's benchmarks/fio_usrbio"),
+        (["usrbio", "--engine", "/no/engine.so", "--size", "1000"], 2, "whole MiB"),
     ],
 )
 def test_refuses(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
     line = [*KVFS[:-1], *arguments]
-    if arguments[0] == "posix":
+    if arguments[0] in ("posix", "usrbio"):
         line += ["--dir", str(tmp_path / "kv")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr

@@ -1,4 +1,5 @@
-"""`kvfs bench`: this machine's figures, beside fio's; `kvfs bench posix`: the mount's, beside another file system's."""
+"""`kvfs bench`: this machine's figures, beside fio's; `kvfs bench posix`: the mount's, beside another file system's;
+`kvfs bench usrbio`: those of a program written for 3FS."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ EXAMPLES = "Examples:  kvfs bench --quick   |   kvfs bench --dir /data/kvfs   | 
 POSIX_EXAMPLES = (
     "Examples:  kvfs bench posix --quick   |   kvfs bench posix --peer juicefs   |   "
     "kvfs bench posix --quick --only 4k --only create"
+)
+USRBIO_EXAMPLES = (
+    "Examples:  kvfs bench usrbio --engine ./hf3fs_usrbio.so   |   kvfs bench usrbio --engine ENGINE --fio ./fio --json"
 )
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE = 3, 1.0, 1 << 30
 QUICK_POSIX_ROUNDS, QUICK_FILE, QUICK_FILES = 2, 256 << 20, 10_000
@@ -65,7 +69,8 @@ def bench(
     """Measure reads and writes over the ring against fio on the same file system.
 
     Starts a daemon of its own in a scratch directory next to the data directory and removes it afterwards; existing
-    data is not touched. Without fio there are no ratios. `kvfs bench posix` measures the mount."""
+    data is not touched. Without fio there are no ratios. `kvfs bench posix` measures the mount, `kvfs bench usrbio` a
+    program written for 3FS."""
     if context.invoked_subcommand is not None:
         for name in context.params:
             source = context.get_parameter_source(name)
@@ -155,6 +160,46 @@ def posix(
     except BenchError as e:
         fail(str(e))
     _deliver(report, _print_posix, json=json, strict=strict)
+
+
+@app.command("usrbio", epilog=USRBIO_EXAMPLES)
+def usrbio(
+    engine: Annotated[
+        Path, typer.Option("--engine", help="3FS's fio engine, built against `kvfs usrbio --print-flags`.")
+    ],
+    directory: Directory = None,
+    fio: Annotated[
+        Path | None, typer.Option("--fio", help="The fio whose source it was built with (default: on PATH).")
+    ] = None,
+    rounds: Rounds = None,
+    seconds: Seconds = None,
+    size: Annotated[str | None, typer.Option("--size", help="Bytes of the file that is read (default: 1G).")] = None,
+    verbose: Verbose = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> None:
+    """Measure a program written for 3FS: random reads by 3FS's own fio engine.
+
+    Beside it, in turn: the same fio with io_uring on the disk below, and with pread through the mount. The engine is
+    benchmarks/fio_usrbio of 3FS's source, unmodified."""
+    from kvfs_tools.bench.programs import BenchError
+    from kvfs_tools.bench.usrbio import UsrbioPlan, bench_usrbio
+
+    default = UsrbioPlan()
+    try:
+        plan = UsrbioPlan(
+            rounds=rounds or default.rounds,
+            seconds=seconds or default.seconds,
+            file=int(Size.parse(size)) if size is not None else default.file,
+        )
+    except ValueError as e:
+        fail(str(e), code=USAGE)
+    try:
+        with _listener(verbose) as listener:
+            report = bench_usrbio(_beside(directory), plan, engine=engine, program=fio, listen=listener)
+    except BenchError as e:
+        fail(str(e))
+    _deliver(report, _print, json=json, strict=strict)
 
 
 def _deliver(report: R, show: Callable[[R], None], *, json: bool, strict: bool) -> None:

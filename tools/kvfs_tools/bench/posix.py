@@ -36,15 +36,13 @@ from kvfs_tools.bench.interrupts import Interrupts
 from kvfs_tools.bench.measure import KB4, MB1, Listener
 from kvfs_tools.bench.programs import BenchError, Fio, output
 from kvfs_tools.bench.report import PosixReport, PosixRow, Target, compare
-from kvfs_tools.bench.scratch import file_system, machine, scratch_directory
+from kvfs_tools.bench.scratch import file_system, machine, scratch_directory, write_once
 
 JOBS = 4
 SEALED = 4 << 20
 FILES_PER_S, FILES_MAX = 15_000, 50_000  # that one process creates in one measurement, at most: bounds the space
 SLOWEST = 100.0  # files/s; slower is a hang
 SLACK_S = 60.0
-FILLED = 0.9  # of the store, before anything is measured
-FILL = bytes(range(256)) * (MB1 // 256)
 SYNC_S = 300.0
 DROP = Path("/proc/sys/vm/drop_caches")
 RAW = Ext4.name
@@ -357,19 +355,6 @@ def _settle(root: Path) -> bool:
     return True
 
 
-def _write_once(contender: Contender) -> None:
-    """Brings a new store into the state of one that has been in use: on a fresh file the disk's file system has to mark every
-    extent as written, which it does once and slowly."""
-    file = contender.place / "fill"
-    with mounted(contender), open(file, "wb", buffering=0) as out:
-        space = os.statvfs(contender.place)
-        left = int(space.f_bavail * space.f_frsize * FILLED)
-        while left > 0:
-            left -= out.write(memoryview(FILL)[: min(left, len(FILL))])
-        os.fsync(out.fileno())
-        file.unlink()
-
-
 def _one(run: _Run, measure: Measure, contender: Contender) -> float:
     there = (contender.name, measure.uses)
     if measure.prepare is not None and there not in run.made:
@@ -439,7 +424,8 @@ def bench_posix(
         contenders.append(Ext4(root / RAW))
         run = _Run(plan, fio, listen, interrupts, root, value)
         listen.step("writing kvfs's store once")
-        _write_once(contenders[0])
+        with mounted(contenders[0]) as place:
+            write_once(place)
         dropped = _settle(root)
         disk = file_system(root)
         taken = [_Taken(measure) for measure in measures]

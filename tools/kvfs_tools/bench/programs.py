@@ -123,6 +123,11 @@ class Ring:
         return result
 
 
+def batches(depth: int) -> list[str]:
+    """fio hands over as many at once and takes as many before it goes on."""
+    return [f"--iodepth_batch_{what}={depth}" for what in ("submit", "complete_min", "complete_max")]
+
+
 @dataclass(frozen=True, slots=True)
 class Fio:
     """fio, if there is one. `say` gets each command line."""
@@ -156,6 +161,27 @@ class Fio:
             *FIO_DIRECT,
             *FIO_RANDOM,
             *more,
+            seconds=seconds,
+        )
+
+    def usrbio(
+        self, file: Path, engine: Path, mount: Path, rw: str, *, size: int, block: int, depth: int, seconds: float
+    ) -> FioResult:
+        """3FS's engine. It works in whole batches only: all four depths are the same."""
+        return self._job(
+            file,
+            f"--rw={rw}",
+            f"--bs={block}",
+            f"--size={size}",
+            f"--ioengine=external:{engine.absolute()}",
+            f"--mountpoint={mount}",
+            f"--ior_depth={depth}",
+            f"--iodepth={depth}",
+            *batches(depth),
+            f"--runtime={seconds:g}",
+            "--time_based",
+            "--direct=1",
+            *FIO_RANDOM,
             seconds=seconds,
         )
 

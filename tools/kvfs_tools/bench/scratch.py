@@ -17,6 +17,8 @@ from kvfs import daemon
 from kvfs_tools.bench.programs import BenchError
 
 PREFIX = "kvfs-bench-"
+FILLED = 0.9  # of the store, before anything is measured
+FILL = bytes(range(256)) * 4096
 COMMAND_S = 150
 
 
@@ -104,6 +106,19 @@ def _remove(root: Path) -> None:
         if service.is_mounted(point):
             raise BenchError(f"{point} is still mounted; unmount it and remove {root}")
     shutil.rmtree(root, ignore_errors=True)
+
+
+def write_once(mount: Path) -> None:
+    """Brings a new store into the state of one that has been in use: on a fresh file the disk's file system has to mark every
+    extent as written, which it does once and slowly."""
+    file = mount / "fill"
+    with open(file, "wb", buffering=0) as out:
+        space = os.statvfs(mount)
+        left = int(space.f_bavail * space.f_frsize * FILLED)
+        while left > 0:
+            left -= out.write(memoryview(FILL)[: min(left, len(FILL))])
+        os.fsync(out.fileno())
+        file.unlink()
 
 
 def file_system(path: Path) -> str:
