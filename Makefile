@@ -6,6 +6,8 @@
 #   make format    rewrite what ruff and clang-format can
 #   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE MDTEST=FILE FILEBENCH=FILE name
 #                  installed copies of those that Debian lacks
+#   make interop   other projects' programs, pinned and as released, on a kvfs mount (INTEROP_CACHE: where they are kept);
+#                  HF3FS_USRBIO_TEST=FILE names a copy of one that the registries lack
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -13,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-native test-python test-posix lint format sanitize fuzz demo clean
+.PHONY: help setup test test-native test-python test-posix interop lint format sanitize fuzz demo clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -90,6 +92,13 @@ test-python: setup
 
 test-posix: setup $(STAMPS)/apt-suites
 	$(BIN)/python -m pytest --timeout=900 -rs tests/posix tests/suites $(PYTEST_ARGS)
+
+# Their environments are kept in INTEROP_CACHE. The wheel is built as a user would build it.
+interop: setup
+	rm -rf build/interop
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/interop .
+	INTEROP_WHEEL="$$(echo $(CURDIR)/build/interop/kvfs-*.whl)" \
+	  $(BIN)/python -m pytest --timeout=1800 -rs tests/engines $(PYTEST_ARGS)
 
 lint: setup $(STAMPS)/apt-clang
 	$(BIN)/ruff check $(PY)
