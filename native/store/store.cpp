@@ -106,7 +106,7 @@ Status Store::open(Device& dev, const StoreOptions& opt, std::unique_ptr<Store>*
 StoreImpl::StoreImpl(Device& dev, const StoreOptions& opt)
     : dev_(dev),
       opt_(opt),
-      sums_(1u << 14),
+      sums_(1u << 16),
       tier_(opt.memory_bytes),
       copy_(sub_block(kPieceMax)),
       trailer_io_(static_cast<uint32_t>(round_up(kTrailerBytes, dev.align()))) {

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include <deque>
+#include <memory>
 #include <unordered_map>
 
 #include "allocator.h"
@@ -56,34 +57,56 @@ class BufferPool {
   std::vector<void*> bins_[16];  // 512 B << i
 };
 
-// Sub-block checksums of recently written or read slots, so that a small read needs no second I/O. Direct-mapped.
+// Sub-block checksums of recently written or read slots, so that a small read needs no second I/O: sets of kWays, in which
+// whichever comes round next makes room. Memory is touched as it fills.
 class SumsCache {
  public:
   struct Line {
-    uint64_t off;  // device offset of the slot, 0 = empty
     uint32_t count;
     uint64_t sum[kTrailerSums];
   };
-  explicit SumsCache(uint32_t lines) : lines_(lines), mask_(lines - 1) {}
+  explicit SumsCache(uint32_t lines)
+      : tags_(lines), lines_(static_cast<Line*>(calloc(lines, sizeof(Line)))), mask_(lines / kWays - 1) {
+    KVFS_CHECK(lines_ != nullptr);
+  }
   const Line* find(uint64_t off) const {
-    const Line& l = lines_[slot(off)];
-    return l.off == off ? &l : nullptr;
+    const uint32_t at = set(off);
+    for (uint32_t i = at; i < at + kWays; i++) {
+      if (tags_[i] == off) return &lines_.get()[i];
+    }
+    return nullptr;
   }
   void fill(uint64_t off, const Trailer& t) {
-    Line& l = lines_[slot(off)];
-    l.off = off;
-    l.count = t.sums;
-    std::memcpy(l.sum, t.sum, sizeof(uint64_t) * t.sums);
+    const uint32_t at = set(off);
+    uint32_t place = at + next_++ % kWays;
+    for (uint32_t i = at; i < at + kWays; i++) {
+      if (tags_[i] == 0) place = i;
+    }
+    for (uint32_t i = at; i < at + kWays; i++) {
+      if (tags_[i] == off) place = i;
+    }
+    tags_[place] = off;
+    lines_.get()[place].count = t.sums;
+    std::memcpy(lines_.get()[place].sum, t.sum, sizeof(uint64_t) * t.sums);
   }
   void drop(uint64_t off) {
-    Line& l = lines_[slot(off)];
-    if (l.off == off) l.off = 0;
+    const uint32_t at = set(off);
+    for (uint32_t i = at; i < at + kWays; i++) {
+      if (tags_[i] == off) tags_[i] = 0;
+    }
   }
 
  private:
-  uint32_t slot(uint64_t off) const { return static_cast<uint32_t>((off / 512 * 0x9e3779b97f4a7c15ULL) >> 40) & mask_; }
-  std::vector<Line> lines_;
-  uint32_t mask_;
+  static constexpr uint32_t kWays = 4;
+  struct Free {
+    void operator()(Line* l) const { free(l); }
+  };
+  uint32_t set(uint64_t off) const {
+    return (static_cast<uint32_t>((off / 512 * 0x9e3779b97f4a7c15ULL) >> 40) & mask_) * kWays;
+  }
+  std::vector<uint64_t> tags_;  // device offset of the slot, 0 = empty
+  std::unique_ptr<Line, Free> lines_;
+  uint32_t mask_, next_ = 0;
 };
 
 class StoreImpl final : public Store {
