@@ -252,6 +252,21 @@ void Reactor::look(Ring* r) {
   }
 }
 
+// The chunk that an operation will ask for first. One of a wrong namespace costs nothing but the prefetch.
+bool Reactor::hint(Ring* r, const kvfs_sqe& s, ChunkKey* out) {
+  NsHandle ns;
+  if (op_has_key(s.opcode)) {
+    if (resolve_ns(r, s, &ns) != 0) return false;
+    *out = block_key(ns.ns_id, s);
+    return true;
+  }
+  if (s.opcode != KVFS_OP_READ || r->session == nullptr || s.handle >= r->session->files.size()) return false;
+  const InodeRef& inode = r->session->files[s.handle].inode;
+  if (!inode) return false;
+  *out = file_key(inode->ino, s.off / kFileChunk);
+  return true;
+}
+
 unsigned Reactor::drain(Ring* r) {
   if (r->closing || r->q.broken() != 0) return 0;
   uint32_t n = r->ready < kDrainBudget ? r->ready : kDrainBudget;
@@ -263,10 +278,7 @@ unsigned Reactor::drain(Ring* r) {
     uint32_t g = n - done < kGroup ? n - done : kGroup, hints = 0;
     for (uint32_t i = 0; i < g; ++i) {
       r->q.take(&group[i]);
-      // A key prefetched with a wrong namespace costs nothing but the hint.
-      NsHandle ns;
-      if (g > 1 && op_has_key(group[i].opcode) && resolve_ns(r, group[i], &ns) == 0)
-        keys[hints++] = block_key(ns.ns_id, group[i]);
+      if (g > 1 && hint(r, group[i], &keys[hints])) ++hints;
     }
     store_->prefetch(keys, hints);
     for (uint32_t i = 0; i < g; ++i) dispatch(r, group[i]);
