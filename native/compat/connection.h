@@ -49,7 +49,7 @@ class Area {
 
 class Connection {
  public:
-  static constexpr size_t kIdleRings = 32;
+  static constexpr size_t kIdleRings = 16;  // each costs the daemon a look per turn
 
   Connection(kvfs_client* client, uint64_t dev) : client_(client), dev_(dev) {}
   ~Connection();

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -105,7 +104,7 @@ int hf3fs_reg_fd(int fd, uint64_t) {
   return err != 0 ? err : -fd;
 }
 
-void hf3fs_dereg_fd(int fd) { files().remove(abs(fd)); }
+void hf3fs_dereg_fd(int fd) { files().remove(fd); }
 
 int hf3fs_hardlink(const char* target, const char* link_name) {
   if (target == nullptr || link_name == nullptr) return EINVAL;
