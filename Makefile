@@ -7,7 +7,7 @@
 #   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE MDTEST=FILE FILEBENCH=FILE name
 #                  installed copies of those that Debian lacks
 #   make interop   other projects' programs, pinned and as released, on a kvfs mount (INTEROP_CACHE: where they are kept);
-#                  HF3FS_USRBIO_TEST=FILE names a copy of one that the registries lack
+#                  FIO_USRBIO=FILE and HF3FS_USRBIO_TEST=FILE name what the registries lack of 3FS's own
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -98,7 +98,7 @@ interop: setup
 	rm -rf build/interop
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/interop .
 	INTEROP_WHEEL="$$(echo $(CURDIR)/build/interop/kvfs-*.whl)" \
-	  $(BIN)/python -m pytest --timeout=1800 -rs tests/engines $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest --timeout=1800 -rs tests/engines tests/interop/test_fio_usrbio.py $(PYTEST_ARGS)
 
 lint: setup $(STAMPS)/apt-clang
 	$(BIN)/ruff check $(PY)
