@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -154,10 +155,13 @@ Registry::Registry() {
       });
 }
 
-// The parent's sessions are the parent's. Iors that a child has of it keep theirs.
+// The parent's sessions and memory are the parent's. Iors that a child has of it keep their session.
 std::unique_lock<std::mutex> Registry::enter() {
   std::unique_lock<std::mutex> lock(mu_);
-  if (std::exchange(generation_, generation()) != generation()) connections_.clear();
+  if (std::exchange(generation_, generation()) != generation()) {
+    connections_.clear();
+    names_.clear();
+  }
   return lock;
 }
 
@@ -207,6 +211,23 @@ int Registry::connect_fd(int fd, std::shared_ptr<Connection>* out) {
 bool Registry::connected(uint64_t dev) {
   const auto lock = enter();
   return find(dev) != nullptr;
+}
+
+void Registry::add_name(const std::string& path) {
+  const auto lock = enter();
+  names_.insert(path);
+}
+
+void Registry::unlink_name(const std::string& path) {
+  unlink(path.c_str());  // again: there is none of that name
+  const auto lock = enter();
+  names_.erase(path);
+}
+
+void Registry::unlink_names() {
+  const auto lock = enter();
+  for (const std::string& path : names_) unlink(path.c_str());
+  names_.clear();
 }
 
 std::vector<std::shared_ptr<Connection>> Registry::all() {

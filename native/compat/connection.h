@@ -10,6 +10,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "../include/kvfs.h"
@@ -99,6 +101,10 @@ class Registry {
   // Connection::forget and check on every session.
   void forget(void* base, uint64_t bytes);
   void check(void* base, uint64_t bytes, const kvfs_place& place);
+  // Names of shared memory that this process made: unlinked one by one, or the rest at the process's end.
+  void add_name(const std::string& path);
+  void unlink_name(const std::string& path);
+  void unlink_names();
 
  private:
   friend Registry& registry();
@@ -109,7 +115,8 @@ class Registry {
   std::vector<std::shared_ptr<Connection>> all();
 
   std::mutex mu_;
-  uint32_t generation_ = 0;                                      // to which connections_ belong
+  uint32_t generation_ = 0;                                      // to which connections_ and names_ belong
+  std::set<std::string> names_;                                  // one per iov that is there
   std::map<uint64_t, std::shared_ptr<Connection>> connections_;  // by device; one per mount that was used
 };
 

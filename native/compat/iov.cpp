@@ -2,7 +2,8 @@
 // where no GPU can be used.
 //
 // An iov lives in /dev/shm/kvfs-iov-<its id in hex>, mode 0600, until it is unlinked or destroyed. Whoever has it open holds a
-// shared lock on it, so that what a killed process left can be told apart: the first iov of a process removes that.
+// shared lock on it, so that what a killed process left can be told apart: the first iov of a process removes that. A process
+// that just ends takes its iovs' names along.
 #include <dirent.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
@@ -45,6 +46,8 @@ struct Mapping {
     if (fd >= 0) close(fd);
   }
 };
+
+__attribute__((destructor)) void at_exit() { registry().unlink_names(); }
 
 std::string path_of(const uint8_t id[16]) {
   std::string out = std::string(kDirectory) + kPrefix;
@@ -132,6 +135,7 @@ int hf3fs_iovcreate(hf3fs_iov* iov, const char* mount_point, size_t size, size_t
     unlink(m->path.c_str());
     return err;
   }
+  registry().add_name(m->path);
   fill(iov, m->base, m.get(), id, mount_point, size, block_size, numa);
   m.release();
   return 0;
@@ -157,8 +161,7 @@ int hf3fs_iovopen(hf3fs_iov* iov, const uint8_t id[16], const char* mount_point,
 
 void hf3fs_iovunlink(hf3fs_iov* iov) {
   if (iov == nullptr || iov->iovh == nullptr) return;
-  auto* m = static_cast<Mapping*>(iov->iovh);
-  unlink(m->path.c_str());  // again: there is none of that name
+  registry().unlink_name(static_cast<Mapping*>(iov->iovh)->path);
 }
 
 void hf3fs_iovdestroy(hf3fs_iov* iov) {
@@ -166,7 +169,7 @@ void hf3fs_iovdestroy(hf3fs_iov* iov) {
   auto* m = static_cast<Mapping*>(iov->iovh);
   registry().forget(iov->base, m != nullptr ? m->bytes : iov->size);
   if (m == nullptr) return;
-  if (m->maker == getpid()) unlink(m->path.c_str());
+  if (m->maker == getpid()) registry().unlink_name(m->path);
   delete m;
   iov->iovh = nullptr;
   iov->base = nullptr;

@@ -202,6 +202,20 @@ static int two_processes(const char* mp) {
   return 0;
 }
 
+/* Ends without having destroyed anything. */
+static int leave(const char* mp) {
+  struct hf3fs_iov iov;
+  struct hf3fs_ior ior;
+  CHECK(hf3fs_iovcreate(&iov, mp, MIB, 0, -1) == 0 && hf3fs_iorcreate(&ior, mp, 8, false, 0, -1) == 0);
+  const pid_t child = fork();
+  if (child == 0) exit(0);  // takes nothing of the parent's along
+  int status;
+  CHECK(waitpid(child, &status, 0) == child && status == 0);
+  struct hf3fs_iov opened;
+  CHECK(hf3fs_iovopen(&opened, (const uint8_t*)iov.id, mp, MIB, 0, -1) == 0);
+  return 0;
+}
+
 /* The daemon is killed under operations: every call ends, and says so. */
 static int killed(const char* mp, pid_t daemon) {
   char path[512];
@@ -320,9 +334,10 @@ int main(int n, char** a) {
   if (n == 3 && strcmp(what, "ring-per-call") == 0) return ring_per_call(a[2]);
   if (n == 3 && strcmp(what, "rings-per-thread") == 0) return rings_per_thread(a[2]);
   if (n == 3 && strcmp(what, "two-processes") == 0) return two_processes(a[2]);
+  if (n == 3 && strcmp(what, "leave") == 0) return leave(a[2]);
   if (n == 4 && strcmp(what, "killed") == 0) return killed(a[2], atoi(a[3]));
   if (n == 5 && strcmp(what, "mixed") == 0) return mixed(a[2], (unsigned)atoi(a[3]), atoi(a[4]));
   if (n == 4 && strcmp(what, "hardlink") == 0) return hf3fs_hardlink(a[2], a[3]);
-  fprintf(stderr, "usage: hf3fs where|ring-per-call|rings-per-thread|two-processes|killed|mixed|hardlink ...\n");
+  fprintf(stderr, "usage: hf3fs where|ring-per-call|rings-per-thread|two-processes|leave|killed|mixed|hardlink ...\n");
   return 2;
 }

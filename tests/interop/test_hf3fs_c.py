@@ -67,7 +67,7 @@ def test_where_a_path_lies(up: Up, program: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_memory_left")
-@pytest.mark.parametrize("sequence", ["ring-per-call", "rings-per-thread", "two-processes"])
+@pytest.mark.parametrize("sequence", ["ring-per-call", "rings-per-thread", "two-processes", "leave"])
 def test_sequences_of_callers(up: Up, program: Path, sequence: str) -> None:
     run(program, sequence, up.mount, seconds=120)
 
