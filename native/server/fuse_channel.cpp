@@ -125,13 +125,13 @@ void FuseChannel::pump() {
 }
 
 bool FuseChannel::look() {
-  if (stopped_ || gone_ || blocked_ != nullptr || free_ == nullptr) return false;
+  if (stopped_ || gone_) return false;
   kernel_ready_ = true;
-  read_requests();
-  return kernel_ready_;
+  return read_requests() != 0;
 }
 
-void FuseChannel::read_requests() {
+unsigned FuseChannel::read_requests() {
+  unsigned taken = 0;
   for (unsigned i = 0; i < kBudget && free_ != nullptr && blocked_ == nullptr && !gone_; ++i) {
     Slot* s = free_;  // taken only when there is a request
     iovec parts[2] = {{&s->head, sizeof s->head}, {s->data, kSlotData}};
@@ -139,12 +139,17 @@ void FuseChannel::read_requests() {
     if (n < 0 && (errno == EINTR || errno == ENOENT)) continue;  // ENOENT: the request was given up meanwhile
     if (n < 0 && errno == EAGAIN) {
       kernel_ready_ = false;
-      return;
+      break;
     }
-    if (n <= 0) return kernel_gone();
+    if (n <= 0) {
+      kernel_gone();
+      break;
+    }
     new_slot()->length = size_t(n);
     take(s);
+    ++taken;
   }
+  return taken;
 }
 
 // Unmounted, or the connection was aborted: the daemon ends.

@@ -93,7 +93,7 @@ class FuseChannel {
   };
   static_assert(sizeof(Slot::head) == sizeof(fuse_in_header) + sizeof(fuse_write_in));
 
-  void read_requests();
+  unsigned read_requests();  // how many were there
   void take(Slot* s);
   bool serve(Slot* s, uint8_t opcode, uint64_t off, uint32_t len);
   void send(Slot* s, uint8_t opcode, uint8_t flags, uint64_t ino, uint64_t off, uint32_t len);

@@ -132,7 +132,7 @@ void Reactor::run() {
     if (work_waiting()) continue;
     bool io = dev_ != nullptr && dev_->inflight() > 0;
     // With I/O in flight the kernel wakes us; without, a short look around often saves a sleep and a wake.
-    if (!io && (rings_.empty() ? spin_for_mount() : spin())) continue;
+    if (!io && (spin_for_mount() || spin())) continue;
     sleep();
     polled = true;
   }
