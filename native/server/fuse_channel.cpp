@@ -147,6 +147,7 @@ unsigned FuseChannel::read_requests() {
     }
     new_slot()->length = size_t(n);
     take(s);
+    quick_ = s->answered && s->head.in.opcode != FUSE_READ;
     ++taken;
   }
   return taken;
@@ -231,6 +232,7 @@ void FuseChannel::done(uint64_t slot, int64_t result) {
   if (s->ahead != nullptr) return ahead_done(s->ahead, result);
   if (result < 0) return reply(s, int(result), nullptr, 0);
   if (s->head.in.opcode == FUSE_READ) return reply(s, 0, s->data, size_t(result));
+  quick_ = true;
   fuse_write_out out{};
   out.size = uint32_t(result);
   reply(s, 0, &out, sizeof out);

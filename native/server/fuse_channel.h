@@ -48,6 +48,9 @@ class FuseChannel {
 
   void pump();         // once per turn
   bool ready() const;  // pump() has something to do
+  // The last request was answered without the daemon and was no read: the next may be near. After reads waiting awake only
+  // costs: depth 1 lost 20 % of 4 KiB reads.
+  bool quick() const { return quick_; }
   // Takes what has come without being told of it. False: nothing had.
   bool look();
   // No request is read any more.
@@ -148,6 +151,7 @@ class FuseChannel {
   int kernel_poll_ = -1, daemon_poll_ = -1, room_poll_ = -1;
   bool kernel_ready_ = true, daemon_ready_ = false;
   bool gone_ = false, stopped_ = false;
+  bool quick_ = false;
 };
 
 }  // namespace kvfs

@@ -172,7 +172,7 @@ bool Reactor::spin() {
 // A program that waits for the mount is often back soon after its answer, and finding us awake spares two wakes of a sleeping
 // CPU, for its own does not fall asleep deeply either: that is why one spin alone shows nothing, and a trial is several.
 bool Reactor::spin_for_mount() {
-  if (fuse_ == nullptr || deadline_ns() <= monotonic_ns()) return false;
+  if (fuse_ == nullptr || !fuse_->quick() || deadline_ns() <= monotonic_ns()) return false;
   if (mount_credit_ <= 0) {
     if (++mount_rounds_ < mount_trial_after_) return false;
     mount_rounds_ = 0;
