@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from struct import Struct
 from typing import Final
 
@@ -246,42 +246,41 @@ class DirectRequests:
         """Names alone: the kernel asks in this way while nobody looks at what they name."""
         fh, cookie, size = _READ_IN.unpack_from(message, _IN.size)
         handle = self.ops.handle(fh)
-        left = min(size, ANSWER_MAX)
-        parts: list[bytes] = []
         if isinstance(handle, ViewDir):
-            for at, (name, _, _) in enumerate(handle.names[cookie:], cookie + 1):
-                part = dirent(UNKNOWN_INO, at, name, 0)
-                left -= len(part)
-                if left < 0:
-                    break
-                parts.append(part)
-            return b"".join(parts)
+            names = enumerate(handle.names[cookie:], cookie + 1)
+            return _fit(size, (dirent(UNKNOWN_INO, at, name, 0) for at, (name, _, _) in names))
         if not isinstance(handle, DirHandle):
             raise FsError(errno.ENOTDIR)
-        while page := self.ops.tree.readdir(handle.ino, cookie, left // SMALLEST_DIRENT + 1):
-            for dentry in page:
-                part = dirent(dentry.ino, dentry.cookie, dentry.name, dentry.dtype)
-                left -= len(part)
-                if left < 0:
-                    return b"".join(parts)
-                cookie = dentry.cookie
-                parts.append(part)
-        return b"".join(parts)
+        return _fit(size, self._names(handle.ino, cookie, size // SMALLEST_DIRENT + 1))
 
     def _readdirplus(self, nodeid: int, message: bytes, uid: int, gid: int) -> bytes:
         fh, cookie, size = _READ_IN.unpack_from(message, _IN.size)
         handle = self.ops.handle(fh)
         if not isinstance(handle, DirHandle):
             raise FsError(errno.ENOTDIR)
-        left = min(size, ANSWER_MAX)
-        parts: list[bytes] = []
+        return _fit(size, self._entries(handle.ino, cookie, size // SMALLEST_ENTRY + 1))
+
+    def _names(self, ino: int, cookie: int, limit: int) -> Iterator[bytes]:
+        while page := self.ops.tree.readdir(ino, cookie, limit):
+            cookie = page[-1].cookie
+            for dentry in page:
+                yield dirent(dentry.ino, dentry.cookie, dentry.name, dentry.dtype)
+
+    def _entries(self, ino: int, cookie: int, limit: int) -> Iterator[bytes]:
         overlay = self.ops.files.overlay
-        while page := self.ops.tree.readdir_plus(handle.ino, cookie, left // SMALLEST_ENTRY + 1):
+        while page := self.ops.tree.readdir_plus(ino, cookie, limit):
+            cookie = page[-1][0].cookie
             for dentry, inode in page:
-                part = direntplus(dentry, overlay(inode))
-                left -= len(part)
-                if left < 0:
-                    return b"".join(parts)
-                cookie = dentry.cookie
-                parts.append(part)
-        return b"".join(parts)
+                yield direntplus(dentry, overlay(inode))
+
+
+def _fit(size: int, entries: Iterable[bytes]) -> bytes:
+    """As many of the first as an answer of `size` bytes holds."""
+    left = min(size, ANSWER_MAX)
+    parts: list[bytes] = []
+    for entry in entries:
+        left -= len(entry)
+        if left < 0:
+            break
+        parts.append(entry)
+    return b"".join(parts)
