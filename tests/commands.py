@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from kvfs.mount import service
 
@@ -74,6 +78,19 @@ def running(directory: Path, *options: str) -> Generator[Path]:
     finally:
         attempt_kvfs("down", "--dir", directory)
         service.unmount(directory / "mnt")
+
+
+@contextmanager
+def running_for_a_test(size: str) -> Generator[Path]:
+    """`running` with a new store, of which nothing is left afterwards; skips the test where nothing can be mounted."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/fuse here")
+    place = Path(tempfile.mkdtemp(prefix="kvfs-", dir="/var/tmp"))  # direct I/O, which tmpfs may lack
+    try:
+        with running(place / "kv", "--size", size) as directory:
+            yield directory
+    finally:
+        shutil.rmtree(place)
 
 
 def kill_daemon(directory: Path) -> None:
