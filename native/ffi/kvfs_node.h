@@ -15,6 +15,7 @@ extern "C" {
 #endif
 
 typedef struct kvfs_node kvfs_node;
+struct kvfs_remote_config;
 
 #define KVFS_ANY_UID 0xffffffffu
 
@@ -31,6 +32,9 @@ struct kvfs_node_config {
   uint64_t mount_dev;     /* st_dev of the mount, for file handles; 0 = set later by kvfs_node_set_mount */
   double high_watermark;  /* 0 = default */
   double low_watermark;
+  const struct kvfs_remote_config* remote; /* with data_path NULL: the chunks are on chunk servers, see kvfs_net.h */
+  uint32_t pin_cpu;                        /* the reactor runs on CPU pin_cpu - 1 only; 0: on any */
+  uint32_t rsv;
 };
 
 /* Counters and gauges; copied by the reactor between two turns. */

@@ -228,6 +228,7 @@ void Reactor::piece_done(Op* op) {
   switch (j->type) {
     case Job::Type::Read: {
       int64_t n = q.result == -ENOENT ? 0 : q.result;
+      if (n >= 0 && n < int64_t(q.len) && j->no_holes && op->dirty == nullptr) n = -ENODATA;
       if (n < 0) {
         if (j->err == 0) j->err = n;
       } else if (n < int64_t(q.len)) {
@@ -248,6 +249,9 @@ void Reactor::piece_done(Op* op) {
         }
       }
       break;
+    case Job::Type::Scan:
+      if (q.result > 0) j->packed = uint32_t(q.result);
+      [[fallthrough]];
     default:
       if (q.result < 0 && q.result != -ENOENT && j->err == 0) j->err = q.result;
       break;
@@ -261,6 +265,7 @@ bool Reactor::read_piece(Job* j, uint64_t index, uint32_t in, uint32_t len, char
     return true;
   }
   const ChunkKey key = file_key(j->ino, index);
+  if (store_->remote()) return issue(j, Request::Op::Get, key, in, len, mem, dirty);
   ChunkInfo info;
   const int64_t stored = store_->lookup(key, &info);
   if (j->no_holes) {
@@ -333,7 +338,8 @@ bool Reactor::zero_piece(Job* j, uint64_t at, uint32_t len) {
   static char zeros[kFileChunk];
   const uint64_t index = at / kFileChunk;
   ChunkInfo info;
-  if (write_back_.find(j->ino, index) == nullptr && store_->lookup(file_key(j->ino, index), &info) == -ENOENT)
+  if (write_back_.find(j->ino, index) == nullptr && !store_->remote() &&
+      store_->lookup(file_key(j->ino, index), &info) == -ENOENT)
     return true;
   return write_piece(j, index, uint32_t(at % kFileChunk), len, zeros);
 }
@@ -373,6 +379,10 @@ void Reactor::step_chunks(Job* j) {
     return;
   }
   uint64_t chunks = (j->end - j->pos + kFileChunk - 1) / kFileChunk;
+  if (store_->remote() && chunks > kJobWidth) {
+    j->generated = issue_purge(j);
+    return;
+  }
   if (chunks > kLookupsPerStep && chunks / 4 > store_->stats().file_chunks) {
     j->type = Job::Type::InodeDelete;  // sparse: walking the index costs less than asking for each chunk
     step_scan_delete(j);
@@ -382,13 +392,34 @@ void Reactor::step_chunks(Job* j) {
     if (j->pending >= kJobWidth) return;
     ChunkKey key = file_key(j->ino, j->pos / kFileChunk);
     ChunkInfo info;
-    if (store_->lookup(key, &info) >= 0 && !issue(j, Request::Op::Delete, key, 0, 0, nullptr)) return;
+    if ((store_->remote() || store_->lookup(key, &info) >= 0) && !issue(j, Request::Op::Delete, key, 0, 0, nullptr))
+      return;
     j->pos += kFileChunk;
   }
   j->generated = j->pos >= j->end;
 }
 
+// Has the servers remove what step_scan_delete would find. False: try again later.
+bool Reactor::issue_purge(Job* j) {
+  ChunkKey range;
+  range.kind = j->type == Job::Type::NsDelete ? Kind::Block : Kind::File;
+  if (range.kind == Kind::Block) {
+    range.ns = j->ns;
+  } else {
+    const uint64_t part[3] = {
+        j->ino, j->pos / kFileChunk,
+        j->punching || j->type == Job::Type::Truncate ? (j->end + kFileChunk - 1) / kFileChunk : UINT64_MAX};
+    range.key_len = sizeof part;
+    memcpy(range.id, part, sizeof part);
+  }
+  return issue(j, Request::Op::Purge, range, 0, 0, nullptr);
+}
+
 void Reactor::step_scan_delete(Job* j) {
+  if (store_->remote()) {
+    j->generated = issue_purge(j);
+    return;
+  }
   // Collected first: the index must not change under the walk.
   ChunkKey keys[kJobWidth];
   uint32_t n = 0, room = kJobWidth - j->pending;
@@ -409,6 +440,14 @@ void Reactor::step_scan_delete(Job* j) {
 }
 
 void Reactor::step_scan(Job* j) {
+  if (store_->remote()) {
+    ChunkKey from;
+    from.kind = j->kind;
+    from.ns = j->ns;
+    memcpy(from.id, &j->cursor, sizeof j->cursor);
+    j->generated = issue(j, Request::Op::Scan, from, 0, j->room, j->mem);
+    return;
+  }
   const uint64_t start = j->cursor;
   bool full = false;
   bool more = store_->scan(&j->cursor, kScanBudget, j->kind, j->ns, [&](const ChunkInfo& c) {

@@ -105,7 +105,13 @@ void Reactor::run() {
   for (;;) {
     ++stats_.turns;
     run_posted();
-    if (dev_ != nullptr && !polled && dev_->inflight() > 0) dev_->poll(false);
+    if (!polled) {
+      if (networked()) {
+        uring_->submit_and_wait(0);
+      } else if (dev_ != nullptr && dev_->inflight() > 0) {
+        dev_->poll(false);
+      }
+    }
     polled = false;
     // Tails first, then posted work: a client that was told of a handle or iov may use it at once, and what it was told of
     // was posted before. SQEs published after this look wait for the next turn.
@@ -117,6 +123,7 @@ void Reactor::run() {
       for (size_t i = 0; i < rings_.size(); ++i) drain(rings_[(drain_from_ + i) % rings_.size()]);
     }
     if (fuse_ != nullptr) fuse_->pump();
+    for (Source* src : sources_) src->pump();
     job_ready_ = false;
     advance_landed();
     if (step_jobs()) job_ready_ = true;  // a step may also let an earlier job go on
@@ -128,7 +135,9 @@ void Reactor::run() {
     store_->tick(now);
     publish();
     run_closing();
-    if (stopping && ops_live_ == 0 && jobs_.empty() && closing_.empty() && write_back_.empty()) return;
+    if (stopping && ops_live_ == 0 && jobs_.empty() && closing_.empty() && write_back_.empty() &&
+        std::all_of(sources_.begin(), sources_.end(), [](const Source* src) { return src->idle(); }))
+      return;
     if (work_waiting()) continue;
     bool io = dev_ != nullptr && dev_->inflight() > 0;
     // With I/O in flight the kernel wakes us; without, a short look around often saves a sleep and a wake.
@@ -141,23 +150,32 @@ void Reactor::run() {
 bool Reactor::work_waiting() {
   if (has_posted_.load(std::memory_order_acquire) || job_ready_ || store_->busy() || write_back_.busy()) return true;
   if (fuse_ != nullptr && fuse_->ready() && ops_live_ < kMaxOps) return true;
+  for (const Source* src : sources_) {
+    if (src->ready()) return true;
+  }
   for (Ring* r : rings_) {
     if (!r->closing && r->q.can_take() && ops_live_ < kMaxOps) return true;
   }
   return false;
 }
 
+uint64_t Reactor::deadline_ns() const {
+  uint64_t at = std::min(store_->deadline_ns(), write_back_.deadline_ns());
+  for (const Source* src : sources_) at = std::min(at, src->deadline_ns());
+  return at;
+}
+
 // Spins only while spinning pays: a spin that found work earns credit, one that did not costs more. Without credit one
 // idle round in 64 tries again.
 bool Reactor::spin() {
-  if (rings_.empty() || deadline_ns() <= monotonic_ns()) return false;
+  if ((rings_.empty() && sources_.empty()) || deadline_ns() <= monotonic_ns()) return false;
   ++idle_rounds_;
   // A little always: a client that has just been answered is often back before we could fall asleep.
   uint64_t end = monotonic_ns() + (spin_credit_ > 0 || (idle_rounds_ & 63) == 0 ? kSpinNs : kShortSpinNs);
   do {
     for (int i = 0; i < 32; ++i) {
       const bool events =
-          fuse_ != nullptr && uring_->has_events();  // of the mount; sleep() takes them without sleeping
+          (fuse_ != nullptr || networked()) && uring_->has_events();  // sleep() takes them without sleeping
       if (events || work_waiting()) {
         if (spin_credit_ < 16) ++spin_credit_;
         return !events;
@@ -227,6 +245,7 @@ void Reactor::wake(Ring* r, uint32_t how) {
 }
 
 void Reactor::publish() {
+  for (Source* src : sources_) src->publish();
   for (Ring* r : rings_) {
     const bool dirty = r->q.dirty();
     const uint32_t sleeper = r->q.publish();
@@ -358,11 +377,7 @@ int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
   if (err != 0) return err;
   if (ns.rdonly && (s.opcode == KVFS_OP_PUT || s.opcode == KVFS_OP_EVICT)) return -EACCES;
   const ChunkKey key = block_key(ns.ns_id, s);
-  if (s.opcode == KVFS_OP_EXISTS) {
-    ChunkInfo info;
-    finish(r, s.user_data, store_->lookup(key, &info));
-    return 0;
-  }
+  if (s.opcode == KVFS_OP_EXISTS) return ask_length(r, s, key, false), 0;
   uint32_t len = s.len;
   Iov* iov = nullptr;
   MemRef mem;
@@ -371,12 +386,7 @@ int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
     err = resolve_mem(r, s, len, &iov, &mem);
     if (err != 0) return err;
   }
-  if (s.opcode == KVFS_OP_GET && (s.off >= KVFS_VALUE_MAX || len == 0)) {
-    ChunkInfo info;
-    int64_t n = store_->lookup(key, &info);
-    finish(r, s.user_data, n < 0 ? n : 0);
-    return 0;
-  }
+  if (s.opcode == KVFS_OP_GET && (s.off >= KVFS_VALUE_MAX || len == 0)) return ask_length(r, s, key, true), 0;
   Op* op = new_op();
   op->ring = r;
   op->iov = iov;
@@ -406,9 +416,26 @@ int Reactor::start_block(Ring* r, const kvfs_sqe& s) {
   return 0;
 }
 
+// Ends with the chunk's length, or with 0 if only its existence was asked for.
+void Reactor::ask_length(Ring* r, const kvfs_sqe& s, const ChunkKey& key, bool only_existence) {
+  if (!store_->remote()) {
+    ChunkInfo info;
+    const int64_t n = store_->lookup(key, &info);
+    return finish(r, s.user_data, only_existence && n > 0 ? 0 : n);
+  }
+  Op* op = new_op();
+  op->ring = r;
+  op->user_data = s.user_data;
+  op->only_existence = only_existence;
+  op->req.op = Request::Op::Lookup;
+  op->req.key = key;
+  store_->submit(&op->req);
+}
+
 void Reactor::op_done(Request* req) {
   Op* op = static_cast<Op*>(req->owner);
   Reactor* self = op->reactor;
+  if (op->only_existence && req->result > 0) req->result = 0;
   if (op->job != nullptr) {
     self->piece_done(op);
   } else {
@@ -443,6 +470,7 @@ Op* Reactor::new_op() {
   op->iov = nullptr;
   op->job = nullptr;
   op->dirty = nullptr;
+  op->only_existence = false;
   return op;
 }
 

@@ -19,6 +19,7 @@
 #include "../store/uring_device.h"
 #include "inode_table.h"
 #include "namespaces.h"
+#include "source.h"
 #include "write_back.h"
 
 namespace kvfs {
@@ -90,6 +91,7 @@ struct Op {
   Job* job = nullptr;
   DirtyChunk* dirty = nullptr;  // pinned: its pages go over what was read
   uint64_t user_data = 0;
+  bool only_existence = false;  // Lookup: whoever asked does not want the length
   Op* next = nullptr;
 };
 
@@ -170,6 +172,9 @@ class Reactor {
   void answered(uint64_t upcall, int err);
   void end_upcalls();  // those under way count as answered, and no more are made
   void set_evictable(uint32_t ns_id, bool on);
+  bool evictable(uint32_t ns_id) const { return ns_id < evictable_.size() && evictable_[ns_id]; }
+  void add_source(Source* s) { sources_.push_back(s); }
+  void remove_source(Source* s) { std::erase(sources_, s); }  // idle, and not from one of its calls
   // A descriptor of the inode was closed: what was written goes to the store soon. The first error of what could not go.
   int64_t closed(uint64_t ino) {
     write_back_.kick(ino);
@@ -179,6 +184,7 @@ class Reactor {
   const ReactorStats& stats() const { return stats_; }
   const WriteBack& write_back() const { return write_back_; }
   Store* store() { return store_; }
+  Uring* uring() { return uring_; }
   size_t ring_count() const { return rings_.size(); }
 
  private:
@@ -187,6 +193,7 @@ class Reactor {
   unsigned drain(Ring* r);
   void dispatch(Ring* r, const kvfs_sqe& s);
   int start_block(Ring* r, const kvfs_sqe& s);
+  void ask_length(Ring* r, const kvfs_sqe& s, const ChunkKey& key, bool only_existence);
   int start_file(Ring* r, const kvfs_sqe& s);
   int resolve_ns(Ring* r, const kvfs_sqe& s, NsHandle* out);
   int resolve_mem(Ring* r, const kvfs_sqe& s, uint64_t len, Iov** iov, MemRef* mem);
@@ -209,6 +216,7 @@ class Reactor {
   bool zero_piece(Job* j, uint64_t at, uint32_t len);
   void step_chunks(Job* j);
   void step_scan_delete(Job* j);
+  bool issue_purge(Job* j);
   void step_scan(Job* j);
   void step_settling(Job* j);
   bool issue(Job* j, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, char* mem,
@@ -225,7 +233,9 @@ class Reactor {
   void publish();
   void wake(Ring* r, uint32_t how);
   bool work_waiting();
-  uint64_t deadline_ns() const { return std::min(store_->deadline_ns(), write_back_.deadline_ns()); }
+  uint64_t deadline_ns() const;
+  // Something other than the device ends in the io_uring's completions.
+  bool networked() const { return !sources_.empty() || store_->remote(); }
   bool spin();
   bool spin_for_mount();
   void sleep();
@@ -241,6 +251,7 @@ class Reactor {
   Upcalls* upcalls_;
   WriteBack write_back_;
   FuseChannel* fuse_ = nullptr;
+  std::vector<Source*> sources_;
   Lender* lender_ = nullptr;  // of the operation that is being dispatched
   struct Asked {
     InodeRef inode;

@@ -181,6 +181,10 @@ void StoreImpl::start(Request* r) {
       ck_waiters_.push_back(r);
       ck_wanted_ = true;
       return;
+    case Op::Lookup:
+    case Op::Scan:
+    case Op::Purge:
+      return complete(r, -EOPNOTSUPP);
     default:
       break;
   }

@@ -48,11 +48,15 @@ struct Request {
     Get,    // sealed or file chunk: bytes [off, off+len) -> mem. result = bytes (short at the end), -ENOENT, -EIO
     Put,    // sealed create-if-absent. 1 written, 0 existed with the same length, -EEXIST, -ENOSPC, -ENOMEM ...
     Write,  // file chunk: overwrite/extend [off, off+len) (off+len <= kFileChunk). Visible at completion. result = len
-    Truncate,   // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
-    Delete,     // 0 or -ENOENT
-    Flush,      // file chunks of inode key.id[0..8): journal + barrier. 0
-    Sync,       // everything acknowledged so far. 0
-    Checkpoint  // 0
+    Truncate,    // file chunk: new length = off (0 deletes). Bytes beyond are gone: a later extension reads zeros. 0
+    Delete,      // 0 or -ENOENT
+    Flush,       // file chunks of inode key.id[0..8): journal + barrier. 0
+    Sync,        // everything acknowledged so far. 0
+    Checkpoint,  // 0
+    // Of stores with remote() only; others have lookup() and scan():
+    Lookup,  // length or -ENOENT
+    Scan,  // chunks of (key.kind, key.ns), from the cursor in key.id[0..8) on, as kvfs_scan_entry to mem. Bytes, 0 = end
+    Purge  // File: chunks [key.id[8..16), key.id[16..24)) of inode key.id[0..8). Block: all of key.ns. 0
   };
   static constexpr uint8_t kDurable = 1;    // complete only when it survives power loss
   static constexpr uint8_t kNoTouch = 2;    // not an access for eviction
@@ -133,6 +137,9 @@ class Store {
   // True if tick() has work that does not wait for I/O.
   virtual bool busy() const = 0;
 
+  // Its chunks are elsewhere: lookup(), scan() and prefetch() know nothing (-ENOENT, the end), Request's last operations
+  // ask instead. stats() and room() are what was last heard.
+  virtual bool remote() const { return false; }
   // Synchronous, memory only. Length in bytes or -ENOENT.
   virtual int64_t lookup(const ChunkKey& key, ChunkInfo* info) = 0;
   // Loads what coming lookups and Gets of these keys will touch into the CPU's caches: index entries, and the first page
