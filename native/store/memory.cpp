@@ -66,6 +66,48 @@ bool StoreImpl::read_cached(uint32_t id, uint32_t off, uint32_t n, uint8_t* dst,
   return true;
 }
 
+int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) {
+  const uint32_t id = index_.id_of(key);
+  if (!id) return -ENOENT;
+  Entry& e = index_.at(id);
+  if (off >= e.len() || len == 0) return 0;
+  const uint32_t n = std::min(len, e.len() - off), end = off + n;
+  if (!tier_.on() || !e.flag(Entry::kCached) || n > Lent::kMaxBytes) return -EAGAIN;
+  uint32_t piece = id;
+  for (uint32_t at = off; at < end;) {
+    const uint32_t step = std::min(kPage - at % kPage, end - at);
+    if (at / kPieceMax != 0 && (at == off || at % kPieceMax == 0)) piece = index_.id_of(piece_key(key, at / kPieceMax));
+    const uint32_t f = piece ? tier_.find(piece, at % kPieceMax / kPage) : 0;
+    if (!f || !tier_.pin(f)) return give_back(out), -EAGAIN;
+    out->pins.push_back(f);
+    const uint8_t* from = tier_.data(f) + at % kPage;
+    if (!out->parts.empty() && out->parts.back().ptr + out->parts.back().len == from) {
+      out->parts.back().len += step;
+    } else if (out->parts.size() == Lent::kMaxParts) {
+      return give_back(out), -EAGAIN;
+    } else {
+      out->parts.push_back({from, step});
+    }
+    at += step;
+  }
+  if (touch) {
+    for (uint32_t f : out->pins) tier_.touch(f);
+    if (e.flag(Entry::kEvictable)) Evictor::touched(e);
+  }
+  st_.gets++;
+  st_.get_hits++;
+  st_.mem_hits++;
+  st_.mem_bytes += n;
+  st_.bytes_read += n;
+  return n;
+}
+
+void StoreImpl::give_back(Lent* lent) {
+  for (uint32_t f : lent->pins) tier_.unpin(f);
+  lent->pins.clear();
+  lent->parts.clear();
+}
+
 // Whether the bytes of this read go into the tier.
 bool StoreImpl::wants_copy(const Piece* p) {
   const Request* r = p->read->r;

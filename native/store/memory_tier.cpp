@@ -55,7 +55,7 @@ uint64_t MemoryTier::overhead_bytes() const {
 void MemoryTier::push(uint32_t f, uint32_t queue) {
   Queue& q = queue_[queue];
   Meta& m = meta_[f];
-  m.queue = static_cast<uint8_t>(queue);
+  m.queue = queue & 7;
   m.prev = 0;
   m.next = q.newest;
   if (q.newest)
@@ -83,14 +83,16 @@ void MemoryTier::unhash(uint32_t f) {
   *at = meta_[f].chain;
 }
 
-// Takes a page out and returns its frame. Every page that is moved instead had been read since it was last looked at.
+// Takes a page out and returns its frame. Every page that is moved instead had been read since it was last looked at, or is
+// pinned, which half of the frames are at most.
 uint32_t MemoryTier::evict() {
   for (uint32_t turns = 0;; turns++) {
+    KVFS_CHECK(turns <= 2 * frames_ + kMaxTurns);
     const bool small = queue_[kSmall].count > frames_ / 10 || queue_[kMain].count == 0;
     const uint32_t f = queue_[small ? kSmall : kMain].oldest;
     Meta& m = meta_[f];
-    if (m.freq > 0 && turns < kMaxTurns) {
-      m.freq = static_cast<uint8_t>(small ? 0 : m.freq - 1);
+    if ((m.freq > 0 && turns < kMaxTurns) || m.pins > 0) {
+      m.freq = small || m.freq == 0 ? 0 : (m.freq - 1) & 15;
       unlink(f);
       push(f, kMain);
       continue;
@@ -130,8 +132,32 @@ void MemoryTier::drop(uint32_t id, uint32_t page) {
   unlink(f);
   unhash(f);
   meta_[f].id = 0;
+  if (meta_[f].pins > 0)
+    meta_[f].dropped = 1;
+  else
+    release(f);
+}
+
+void MemoryTier::release(uint32_t f) {
   meta_[f].chain = free_;
   free_ = f;
+}
+
+bool MemoryTier::pin(uint32_t f) {
+  Meta& m = meta_[f];
+  if (m.pins == kMaxPins || (m.pins == 0 && pinned_ >= frames_ / 2)) return false;
+  if (m.pins++ == 0) pinned_++;
+  return true;
+}
+
+void MemoryTier::unpin(uint32_t f) {
+  Meta& m = meta_[f];
+  KVFS_CHECK(m.pins > 0);
+  if (--m.pins > 0) return;
+  pinned_--;
+  if (!m.dropped) return;
+  m.dropped = 0;
+  release(f);
 }
 
 bool MemoryTier::asked_before(uint32_t id) {

@@ -2,6 +2,7 @@
 // S3-FIFO: a page enters the small queue (a tenth of the frames), is promoted to the main queue if it was read again
 // before it leaves it, and goes straight to main if it comes back while the ghost remembers it. One scan thus replaces
 // only the small queue. It knows nothing of chunks: the store drops pages before their id gets other bytes.
+// A pinned frame keeps its bytes until it is unpinned, though its page may be dropped meanwhile. At most half of the frames are.
 // Memory: the frames, plus at most 36 bytes a frame (0.9 %). Nothing is touched before it is used; nothing is allocated
 // after construction.
 #pragma once
@@ -41,6 +42,12 @@ class MemoryTier {
   uint8_t* fill(uint32_t id, uint32_t page);
   void drop(uint32_t id, uint32_t page);
 
+  // One more who reads the frame's bytes later; false: too many do. Each is unpinned once.
+  bool pin(uint32_t frame);
+  void unpin(uint32_t frame);
+  uint32_t pinned() const { return pinned_; }
+  const uint8_t* memory() const { return base_; }
+
   // For chunks too large to copy on a first read: whether this id was asked for before, and remembers that it was.
   bool asked_before(uint32_t id);
 
@@ -50,15 +57,19 @@ class MemoryTier {
 
  private:
   static constexpr uint32_t kSmall = 0, kMain = 1;
+  static constexpr uint8_t kMaxPins = UINT8_MAX;
   static constexpr uint32_t kMaxTurns = 64;  // pages of main given another round in one eviction
   struct Meta {
     uint32_t id;
     uint32_t chain;       // next frame in the hash bucket, or the free list
     uint32_t prev, next;  // in the queue, towards its newest / its oldest page
     uint16_t page;
-    uint8_t freq;
-    uint8_t queue;
+    uint8_t freq : 4;
+    uint8_t queue : 3;
+    uint8_t dropped : 1;  // holds no page any more, but is pinned
+    uint8_t pins;
   };
+  static_assert(sizeof(Meta) == 20);
   struct Queue {
     uint32_t newest = 0, oldest = 0, count = 0;
   };
@@ -72,6 +83,7 @@ class MemoryTier {
   void push(uint32_t f, uint32_t queue);
   void unlink(uint32_t f);
   void unhash(uint32_t f);
+  void release(uint32_t f);
   uint32_t evict();
   template <typename T>
   static T* map(uint64_t n, bool huge);
@@ -79,6 +91,7 @@ class MemoryTier {
   uint32_t frames_ = 0;
   uint32_t fresh_ = 0;  // frames ever used
   uint32_t free_ = 0;   // list of dropped ones
+  uint32_t pinned_ = 0;
   uint32_t mask_ = 0;
   uint8_t* base_ = nullptr;
   Meta* meta_ = nullptr;  // [1..frames_]

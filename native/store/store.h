@@ -2,10 +2,12 @@
 // All data operations are asynchronous Requests; completions run from Store::tick() or from the device's poll().
 #pragma once
 
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -72,6 +74,18 @@ struct Request {
   void* owner = nullptr;
   Request* next = nullptr;      // the owner's while idle, the store's while submitted
   alignas(8) uint8_t priv[64];  // the store's scratch
+};
+
+// A chunk's bytes where the DRAM tier keeps them, for whoever sends them on: Store::lend.
+struct Lent {
+  struct Part {
+    const uint8_t* ptr;
+    uint32_t len;
+  };
+  static constexpr uint32_t kMaxBytes = 4u << 20;
+  static constexpr uint32_t kMaxParts = 512;  // pages that lie side by side are one part
+  std::vector<Part> parts;
+  std::vector<uint32_t> pins;  // the tier's
 };
 
 struct ChunkInfo {
@@ -146,6 +160,16 @@ class Store {
   // where the DRAM tier has it. The misses of up to kPrefetch keys overlap. A hint: nothing changes.
   static constexpr uint32_t kPrefetch = 16;
   virtual void prefetch(const ChunkKey* keys, uint32_t n) = 0;
+  // Bytes [off, off+len) of a chunk without a copy: fills `out`, empty before, which keeps them as they are until give_back,
+  // whatever happens to the chunk. Bytes (short at the end) or -ENOENT, as a Get; -EAGAIN: not all of them are in memory,
+  // or too much is lent already: ask with a Get.
+  virtual int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) {
+    (void)key, (void)off, (void)len, (void)touch, (void)out;
+    return -EAGAIN;
+  }
+  virtual void give_back(Lent* lent) { (void)lent; }
+  // The memory that lend() gives parts of, for whoever must register it with a device; no bytes: there is none.
+  virtual std::span<const uint8_t> lendable() const { return {}; }
   // Walks the index from *cursor (0 = start) examining at most `budget` entries; calls fn for chunks of (kind, ns)
   // (ns 0xffffffff = any); fn returns false to stop before consuming that entry. Sets *cursor; returns false at the end.
   // An entry present for the whole scan is reported at least once; callers dedup by key if they must.

@@ -122,6 +122,11 @@ class StoreImpl final : public Store {
   bool busy() const override;
   int64_t lookup(const ChunkKey& key, ChunkInfo* info) override;
   void prefetch(const ChunkKey* keys, uint32_t n) override;
+  int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) override;
+  void give_back(Lent* lent) override;
+  std::span<const uint8_t> lendable() const override {
+    return {tier_.memory(), uint64_t{tier_.frames()} * MemoryTier::kFrame};
+  }
   bool scan(uint64_t* cursor, uint32_t budget, Kind kind, uint32_t ns,
             const std::function<bool(const ChunkInfo&)>& fn) override;
   StoreStats stats() const override;

@@ -57,6 +57,46 @@ TEST(MemoryTier, FindsWhatWasFilledAndNothingElse) {
   }
 }
 
+TEST(MemoryTier, PinnedFramesKeepTheirBytesWhateverHappensToTheirPages) {
+  for (uint32_t frames : {16u, 17u, 300u}) {
+    MemoryTier t(uint64_t{frames} * kFrame);
+    Rng rng(frames);
+    struct Pin {
+      uint32_t frame, id, page;
+    };
+    std::vector<Pin> pins;
+    for (int i = 0; i < 100000; i++) {
+      const auto id = static_cast<uint32_t>(1 + rng.below(frames)), page = static_cast<uint32_t>(rng.below(3));
+      const uint64_t what = rng.below(12);
+      const uint32_t f = t.find(id, page);
+      if (what < 4) {
+        if (f && t.pin(f)) pins.push_back({f, id, page});
+        ASSERT_LE(t.pinned(), frames / 2);
+      } else if (what < 8) {
+        stamp(t.fill(id, page), id, page);
+      } else if (what < 9) {
+        t.drop(id, page);
+        ASSERT_FALSE(t.find(id, page));
+      } else if (!pins.empty()) {
+        const size_t which = rng.below(pins.size());
+        const Pin p = pins[which];
+        ASSERT_TRUE(stamped(t.data(p.frame), p.id, p.page));
+        t.unpin(p.frame);
+        pins[which] = pins.back();
+        pins.pop_back();
+      }
+      ASSERT_LE(t.resident(), frames);
+    }
+    for (const Pin& p : pins) {
+      ASSERT_TRUE(stamped(t.data(p.frame), p.id, p.page));
+      t.unpin(p.frame);
+    }
+    EXPECT_EQ(t.pinned(), 0u);
+    for (uint32_t id = 1; id <= frames; id++) stamp(t.fill(id, 0), id, 0);
+    EXPECT_EQ(t.resident(), frames);  // none was lost
+  }
+}
+
 TEST(MemoryTier, OffWithoutMemoryAndItsBookkeepingIsBounded) {
   EXPECT_FALSE(MemoryTier(0).on());
   EXPECT_FALSE(MemoryTier(15 * kFrame).on());
@@ -228,8 +268,24 @@ TEST(MemoryTier, StoreMatchesAModel) {
     ASSERT_TRUE(h.open());
     Rng rng(seed * 77);
     std::map<uint64_t, Bytes> model;
-    uint64_t hits = 0;
-    for (int i = 0; i < 4000; i++) {
+    uint64_t hits = 0, lends = 0;
+    struct Loan {
+      Lent lent;
+      Bytes bytes;
+    };
+    std::vector<Loan> loans;  // each shows what it showed when it was made
+    auto settle = [&](size_t keep) {
+      while (loans.size() > keep) {
+        const size_t which = rng.below(loans.size());
+        Bytes now;
+        for (const Lent::Part& p : loans[which].lent.parts) now.insert(now.end(), p.ptr, p.ptr + p.len);
+        ASSERT_TRUE(now == loans[which].bytes);
+        h.store->give_back(&loans[which].lent);
+        loans[which] = std::move(loans.back());
+        loans.pop_back();
+      }
+    };
+    for (int i = 0; i < 6000; i++) {
       const uint64_t k = rng.below(40);
       const bool file = k >= 25;
       const ChunkKey key = file ? file_key(3, k) : block_key(k);
@@ -256,9 +312,26 @@ TEST(MemoryTier, StoreMatchesAModel) {
         model[k] = v;
       } else if (what == 5 && rng.below(100) == 0) {
         hits += h.store->stats().mem_hits;
+        settle(0);
         ASSERT_TRUE(h.store->close());
         h.store.reset();
         ASSERT_TRUE(h.open());
+      } else if (what >= 9) {
+        settle(4);
+        const auto off = static_cast<uint32_t>(it != model.end() ? rng.below(it->second.size() + 1) : 0);
+        const auto len = static_cast<uint32_t>(1 + rng.below(rng.below(2) ? 6000 : 1400000));
+        Loan loan;
+        const int64_t r = h.store->lend(key, off, len, rng.below(2) != 0, &loan.lent);
+        if (r == -EAGAIN) continue;
+        if (it == model.end()) {
+          ASSERT_EQ(r, -ENOENT);
+          continue;
+        }
+        const auto want = std::min<size_t>(len, it->second.size() - off);
+        ASSERT_EQ(r, static_cast<int64_t>(want));
+        loan.bytes.assign(it->second.begin() + off, it->second.begin() + off + static_cast<long>(want));
+        loans.push_back(std::move(loan));
+        lends += want != 0;
       } else {
         const auto off = static_cast<uint32_t>(it != model.end() && rng.below(2) ? rng.below(it->second.size()) : 0);
         const auto len = static_cast<uint32_t>(1 + rng.below(rng.below(2) ? 6000 : 1400000));
@@ -275,6 +348,8 @@ TEST(MemoryTier, StoreMatchesAModel) {
     }
     hits += h.store->stats().mem_hits;
     EXPECT_GT(hits, 100u) << "seed " << seed;
+    EXPECT_GT(lends, 20u) << "seed " << seed;
+    settle(0);
     ASSERT_TRUE(h.store->close());
   }
 }
