@@ -13,7 +13,7 @@ namespace kvfs {
 namespace {
 constexpr uint32_t kPage = MemoryTier::kFrame;
 // Larger chunks are kept at the second read within the ghost's memory: one is a scan more often than not, and copying
-// costs as much as the read.
+// costs as much as the read. What is read of files is kept at the second read of the same place, whatever its size.
 constexpr uint32_t kKeepAtOnce = 64u << 10;
 }  // namespace
 
@@ -114,6 +114,7 @@ bool StoreImpl::wants_copy(const Piece* p) {
   if (!tier_.on() || !r || (r->flags & Request::kNoTouch)) return false;
   if (!opt_.verify && !p->bounce) return false;  // nothing to verify a copy by
   if (!index_.live(p->id) || index_.at(p->id).loc() * 512 != p->off) return false;
+  if (r->key.kind == Kind::File) return tier_.asked_before(p->id, p->region / kPage);
   return p->len <= kKeepAtOnce || tier_.asked_before(p->id);
 }
 

@@ -160,8 +160,8 @@ void MemoryTier::unpin(uint32_t f) {
   release(f);
 }
 
-bool MemoryTier::asked_before(uint32_t id) {
-  const uint64_t h = hash(id, 1u << 16);  // no page has this number
+bool MemoryTier::asked_before(uint32_t id, uint32_t page) {
+  const uint64_t h = hash(id, 1u << 16 | page);  // no page that was kept has such a number
   if (ghost_.contains(h)) return true;
   ghost_.add(h);
   return false;

@@ -48,8 +48,9 @@ class MemoryTier {
   uint32_t pinned() const { return pinned_; }
   const uint8_t* memory() const { return base_; }
 
-  // For chunks too large to copy on a first read: whether this id was asked for before, and remembers that it was.
-  bool asked_before(uint32_t id);
+  // For what is not worth a copy at its first read: whether this id, or one page of it, was asked for before, and remembers
+  // that it was. page < 65536.
+  bool asked_before(uint32_t id, uint32_t page = 0);
 
   // First the one for all of a batch, then the other.
   void prefetch(uint32_t id, uint32_t page) const { __builtin_prefetch(&heads_[bucket(id, page)]); }
