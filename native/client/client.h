@@ -26,6 +26,8 @@ struct kvfs_client {
   bool dead = false;              // a reply was lost: no further control calls
   std::vector<kvfs_ring*> rings;  // <= 256
   std::vector<ClientIov> iovs;    // <= 256
+  std::mutex descriptor_mu;       // one descriptor and its answer at a time
+  int descriptor_sock = -1;       // kept from one to the next
 };
 
 struct kvfs_ring {
@@ -49,8 +51,8 @@ namespace kvfs {
 
 // getpid() without a system call: libkvfs keeps a counter that a fork handler bumps in the child.
 bool forked(const kvfs_client* c);
-// Sends one request with a descriptor over a connection of its own, to the thread that takes descriptors (it may block in a
-// file system; the other must not). The reply's id or -errno.
+// Sends one request with a descriptor over the client's second connection, to the thread that takes descriptors (it may block
+// in a file system; the other must not). The reply's id or -errno.
 int descriptor_call(kvfs_client* c, CtlRequest* q, int fd);
 void init_request(CtlRequest* q, Ctl type);
 // One request and its reply (fds: up to 2, -1 where none came). 0 or -errno of either side.

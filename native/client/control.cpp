@@ -169,6 +169,7 @@ void kvfs_close(kvfs_client* c) {
     if (v.own) munmap(v.iov.base, v.iov.size);
   }
   close(c->sock);
+  if (c->descriptor_sock >= 0) close(c->descriptor_sock);
   delete c;
 }
 
@@ -255,13 +256,10 @@ int kvfs_ns_open(kvfs_client* c, const char* tenant, const char* name, uint32_t 
 
 int kvfs_ns_close(kvfs_client* c, int handle) { return simple_call(c, Ctl::NsClose, uint32_t(handle)); }
 
-int kvfs::descriptor_call(kvfs_client* c, CtlRequest* q, int fd) {
-  if (forked(c)) return -ECHILD;
-  int sock = connect_to((c->path + ".fd").c_str());
-  if (sock < 0) return sock;
-  CtlReply r;
-  int fds[2] = {-1, -1};
-  memcpy(q->token, c->token, sizeof q->token);
+// One request and its reply on the descriptors' connection, which is made if there is none. -EREMOTEIO: it is lost.
+static int descriptor_exchange(kvfs_client* c, CtlRequest* q, int fd, CtlReply* r) {
+  if (c->descriptor_sock < 0) c->descriptor_sock = connect_to((c->path + ".fd").c_str());
+  if (c->descriptor_sock < 0) return c->descriptor_sock;
   iovec iov{q, sizeof *q};
   alignas(cmsghdr) char ctl[CMSG_SPACE(sizeof(int))] = {};
   msghdr m{};
@@ -274,14 +272,30 @@ int kvfs::descriptor_call(kvfs_client* c, CtlRequest* q, int fd) {
   h->cmsg_type = SCM_RIGHTS;
   h->cmsg_len = CMSG_LEN(sizeof(int));
   memcpy(CMSG_DATA(h), &fd, sizeof fd);
-  int err = -EREMOTEIO;
-  if (sendmsg(sock, &m, MSG_NOSIGNAL) == ssize_t(sizeof *q)) {
-    err = recv_reply(sock, q->type, &r, fds);
-  } else if (errno == EBADF) {
-    err = -EBADF;  // the caller's descriptor
-  }
+  ssize_t n;
+  do {
+    n = sendmsg(c->descriptor_sock, &m, MSG_NOSIGNAL);
+  } while (n < 0 && errno == EINTR);
+  if (n < 0 && errno == EBADF) return -EBADF;  // the caller's descriptor: nothing was sent
+  int fds[2] = {-1, -1};
+  const int err = n == ssize_t(sizeof *q) ? recv_reply(c->descriptor_sock, q->type, r, fds) : -EREMOTEIO;
   close_fds(fds);
-  close(sock);
+  if (err != 0) {  // request and reply can't be paired any more
+    close(c->descriptor_sock);
+    c->descriptor_sock = -1;
+  }
+  return err;
+}
+
+int kvfs::descriptor_call(kvfs_client* c, CtlRequest* q, int fd) {
+  if (forked(c)) return -ECHILD;
+  CtlReply r;
+  memcpy(q->token, c->token, sizeof q->token);
+  std::lock_guard<std::mutex> g(c->descriptor_mu);
+  const bool kept = c->descriptor_sock >= 0;
+  int err = descriptor_exchange(c, q, fd, &r);
+  // The daemon closes the connection that is oldest when too many come, never with a request of ours half done.
+  if (err == -EREMOTEIO && kept) err = descriptor_exchange(c, q, fd, &r);
   if (err == 0) err = r.err;
   return err != 0 ? err : int(r.id);
 }

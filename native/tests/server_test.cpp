@@ -1,6 +1,8 @@
 // server_test.cpp tests the node's own rings (inode and namespace operations) and file handles of other processes.
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include <algorithm>
 #include <random>
@@ -212,6 +214,51 @@ TEST_F(ServerTest, FileHandles) {
   kvfs_close(c);
   ASSERT_TRUE(wait_sessions(0));
   EXPECT_EQ(kvfs_node_inode_close(node_, st.st_ino), 0);  // the session's references are gone
+}
+
+// A client keeps its connection for descriptors. The daemon closes the oldest when too many come: the client makes another.
+TEST_F(ServerTest, DescriptorsAfterTheirConnectionWasClosed) {
+  const std::string path = dir_ + "/file";
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  ASSERT_GE(fd, 0);
+  struct stat st;
+  ASSERT_EQ(fstat(fd, &st), 0);
+  ASSERT_EQ(kvfs_node_inode_open(node_, st.st_ino, 0), 0);
+  kvfs_client* c;
+  ASSERT_EQ(kvfs_open(sock_.c_str(), &c), 0);
+  const auto open_now = [] {
+    const auto all = std::filesystem::directory_iterator("/proc/self/fd");
+    return std::distance(begin(all), end(all));
+  };
+  std::vector<int> others;
+  sockaddr_un addr{};
+  addr.sun_family = AF_UNIX;
+  const std::string to = sock_ + ".fd";
+  memcpy(addr.sun_path, to.data(), to.size());
+  ptrdiff_t descriptors = 0;
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 70; ++i) {
+      const int s = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+      ASSERT_EQ(connect(s, reinterpret_cast<sockaddr*>(&addr), sizeof addr), 0);
+      others.push_back(s);
+      if (i % 16 != 15 && i != 69) continue;
+      const int h = kvfs_file_register(c, fd);
+      ASSERT_GE(h, 0) << round << " " << i;
+      EXPECT_EQ(kvfs_file_unregister(c, h), 0);
+      EXPECT_EQ(kvfs_file_register(c, 1 << 20), -EBADF);  // not a descriptor: the connection stays
+    }
+    for (int s : others) close(s);
+    others.clear();
+    usleep(20000);  // the node, which is this process, closes its ends
+    if (round == 1) descriptors = open_now();
+    if (round > 1) {
+      EXPECT_LE(open_now(), descriptors + 2);
+    }
+  }
+  kvfs_close(c);
+  close(fd);
+  ASSERT_TRUE(wait_sessions(0));
+  EXPECT_EQ(kvfs_node_inode_close(node_, st.st_ino), 0);
 }
 
 TEST_F(ServerTest, ErrorsOfStart) {
