@@ -21,7 +21,7 @@ namespace {
 constexpr uint32_t kMaxRetries = 64;  // of one operation, after EAGAIN or EINTR
 constexpr unsigned kMaxPasses = 16;   // over an overflowing completion queue in one call
 constexpr unsigned kBatch = 16;       // completions per call: what they lead to goes out before the rest is looked at
-constexpr uint64_t kTagPoll = 1, kTagNone = 2, kTagMask = 3;  // low bits of user_data; 0: an Op
+constexpr uint64_t kTagPoll = 1, kTagNone = 2, kTagNet = 3, kTagMask = 3;  // low bits of user_data; 0: an Op
 constexpr unsigned kPollBits = 12;                            // of a poll handle: index; above: generation
 constexpr uint32_t kGenMask = (1u << (31 - kPollBits)) - 1;
 static_assert(1u << kPollBits == Uring::kPolls);
@@ -185,6 +185,69 @@ void Uring::on_poll(uint64_t user_data, int32_t res, uint32_t flags) {
   p.ready(p.owner, res >= 0 ? static_cast<uint32_t>(res) : static_cast<uint32_t>(POLLNVAL));
 }
 
+bool Uring::prep(NetIo* io) {
+  io_uring_sqe* s = sqe();
+  if (s == nullptr) return false;
+  switch (io->op) {
+    case NetIo::Op::Recv:
+      io_uring_prep_recv(s, io->fd, io->buf, io->len, io->flags);
+      break;
+    case NetIo::Op::RecvMsg:
+      io_uring_prep_recvmsg(s, io->fd, io->msg, static_cast<unsigned>(io->flags));
+      break;
+    case NetIo::Op::SendMsg:
+      io_uring_prep_sendmsg(s, io->fd, io->msg, static_cast<unsigned>(io->flags));
+      break;
+    case NetIo::Op::Nop:
+      io_uring_prep_nop(s);
+      break;
+  }
+  s->user_data = reinterpret_cast<uint64_t>(io) | kTagNet;
+  io->state = NetIo::State::Kernel;
+  return true;
+}
+
+void Uring::wait_for_room(NetIo* io) {
+  io->state = NetIo::State::Waiting;
+  io->next = nullptr;
+  *net_tail_ = io;
+  net_tail_ = &io->next;
+}
+
+void Uring::submit(NetIo* io) {
+  KVFS_CHECK(io->done != nullptr && io->state == NetIo::State::Idle);
+  io->cancelled = false;
+  io->retries = 0;
+  if (net_head_ != nullptr || !prep(io)) wait_for_room(io);
+}
+
+bool Uring::end_net(NetIo* io) {
+  io_uring_sqe* s = sqe();
+  if (s == nullptr) return false;
+  io_uring_prep_cancel64(s, reinterpret_cast<uint64_t>(io) | kTagNet, 0);
+  s->user_data = kTagNone;
+  return true;
+}
+
+// One that waits ends in pump().
+void Uring::cancel(NetIo* io) {
+  if (io->state == NetIo::State::Idle || io->cancelled) return;
+  io->cancelled = true;
+  if (io->state == NetIo::State::Kernel && !end_net(io)) net_cancel_.push_back(io);
+}
+
+void Uring::on_net(NetIo* io, int32_t res) {
+  if (io->cancelled) std::erase(net_cancel_, io);
+  if ((res == -EAGAIN || res == -EINTR) && (io->cancelled || ++io->retries <= kMaxRetries)) {
+    if (!io->cancelled) return wait_for_room(io);
+    res = -ECANCELED;
+  }
+  io->state = NetIo::State::Idle;
+  ++events_;
+  io->result = res;
+  io->done(io);
+}
+
 // Puts the rest of an operation into the submission queue. False: no room.
 bool Uring::prep(Op* op) {
   io_uring_sqe* s = sqe();
@@ -240,6 +303,14 @@ void Uring::pump() {
     resend_head_ = op->next;
     if (resend_head_ == nullptr) resend_tail_ = &resend_head_;
   }
+  while (!net_cancel_.empty() && end_net(net_cancel_.back())) net_cancel_.pop_back();
+  while (net_head_ != nullptr) {
+    NetIo* io = net_head_;
+    if (!io->cancelled && !prep(io)) break;
+    net_head_ = io->next;
+    if (net_head_ == nullptr) net_tail_ = &net_head_;
+    if (io->cancelled) on_net(io, -ECANCELED);
+  }
   for (size_t n = rearm_.size(); n > 0; --n) {
     const uint32_t idx = rearm_.back();
     rearm_.pop_back();
@@ -293,14 +364,13 @@ void Uring::on_op(Op* op, int32_t res) {
   resend(op);
 }
 
-unsigned Uring::reap() {
+void Uring::reap() {
   struct Done {
     uint64_t user_data;
     int32_t res;
     uint32_t flags;
   };
   Done done[kBatch];
-  const unsigned before = events_;
   unsigned n = 0, head;
   io_uring_cqe* cqe;
   io_uring_for_each_cqe(&ring_, head, cqe) {  // copied first: callbacks may enter the kernel
@@ -314,13 +384,16 @@ unsigned Uring::reap() {
       on_op(reinterpret_cast<Op*>(d.user_data), d.res);
     } else if ((d.user_data & kTagMask) == kTagPoll) {
       on_poll(d.user_data, d.res, d.flags);
+    } else if ((d.user_data & kTagMask) == kTagNet) {
+      on_net(reinterpret_cast<NetIo*>(d.user_data & ~kTagMask), d.res);
     }
   }
-  return events_ - before;
 }
 
 int Uring::submit_and_wait(uint64_t timeout_ns, unsigned min) {
+  const unsigned before = events_;
   pump();
+  if (events_ != before) timeout_ns = 0;
   int rc = 0;
   const unsigned queued = io_uring_sq_ready(&ring_);
   const bool pending = (sq_flags(ring_) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW)) != 0;
@@ -335,14 +408,14 @@ int Uring::submit_and_wait(uint64_t timeout_ns, unsigned min) {
     io_uring_cqe* cqe;
     rc = io_uring_submit_and_wait_timeout(&ring_, &cqe, min, &ts, nullptr);
   }
-  unsigned n = reap();
+  reap();
   for (unsigned i = 0; i < kMaxPasses && (sq_flags(ring_) & IORING_SQ_CQ_OVERFLOW) != 0; ++i) {
     io_uring_get_events(&ring_);  // what the kernel kept back while the completion queue was full
-    n += reap();
+    reap();
   }
   // Nothing to report: a signal, the timeout, or a kernel short of memory or of completion room, which reap() has made.
   if (rc < 0 && rc != -EINTR && rc != -ETIME && rc != -EAGAIN && rc != -EBUSY) return rc;
-  return static_cast<int>(n);
+  return static_cast<int>(events_ - before);
 }
 
 Status UringDevice::open(Uring& ring, const std::string& path, const DeviceOptions& opt,

@@ -1,10 +1,11 @@
-// uring_device.h owns the real storage: Uring, one io_uring in which a reactor waits for disks and eventfds alike, and
-// UringDevice, a block device or preallocated regular file on it, opened O_DIRECT and locked.
+// uring_device.h owns the real storage: Uring, one io_uring in which a reactor waits for disks, sockets and eventfds alike,
+// and UringDevice, a block device or preallocated regular file on it, opened O_DIRECT and locked.
 // A Uring and its devices belong to the thread that created the Uring.
 #pragma once
 
 #include <liburing.h>
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <cstdint>
 #include <memory>
@@ -22,6 +23,34 @@ struct UringOptions {
   unsigned entries = 256;      // device operations in the kernel at once, all devices together; more wait in a list
   bool single_issuer = true;   // false: another thread than the creating one may use it (one at a time)
   bool defer_taskrun = false;  // with single_issuer: completions run only inside submit_and_wait
+};
+
+// One operation on a socket. The owner's; from Uring::submit(NetIo*) until `done` the ring's, as is all it points to.
+// The socket must not be O_NONBLOCK, or the kernel answers -EAGAIN instead of waiting.
+struct alignas(8) NetIo {
+  enum class Op : uint8_t {
+    Recv,     // up to len bytes to buf; with MSG_WAITALL all of them, unless the peer or an error ends it
+    RecvMsg,  // to msg's iovecs
+    SendMsg,  // from msg's iovecs
+    Nop       // `done` from the next submit_and_wait, with result 0
+  };
+  Op op = Op::Nop;
+  int fd = -1;
+  int flags = 0;  // MSG_*
+  void* buf = nullptr;
+  uint32_t len = 0;
+  msghdr* msg = nullptr;
+  int32_t result = 0;  // bytes, which may be fewer than asked for: also after cancel(); 0: the peer has ended; or -errno
+  void (*done)(NetIo*) = nullptr;
+  void* owner = nullptr;
+
+ private:
+  friend class Uring;
+  enum class State : uint8_t { Idle, Waiting, Kernel };
+  State state = State::Idle;
+  bool cancelled = false;
+  uint32_t retries = 0;
+  NetIo* next = nullptr;  // of those that wait for room in the submission queue
 };
 
 class Uring {
@@ -47,8 +76,13 @@ class Uring {
   int add_poll(int fd, PollReady ready, void* owner, uint32_t events = POLLIN);
   void remove_poll(int handle);
 
+  // Any number, each with one place in the kernel; those that find no room in the submission queue wait in a list.
+  void submit(NetIo* io);
+  // A submitted operation ends soon: with what was moved until then, or -ECANCELED; or as if this had not been called.
+  void cancel(NetIo* io);
+
   // Sends what is queued and, if nothing has happened yet, waits up to timeout_ns (0 = do not wait, UINT64_MAX = forever), runs
-  // the callbacks. Returns how many device operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
+  // the callbacks. Returns how many device and socket operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
   // Waits for `min` of them (a busy reactor is woken once per handful), the timeout notwithstanding.
   int submit_and_wait(uint64_t timeout_ns, unsigned min = 1);
   // Something has happened that submit_and_wait would tell of.
@@ -82,9 +116,13 @@ class Uring {
   void pump();
   void finish(Op* op, int32_t result);
   void on_op(Op* op, int32_t res);
+  bool prep(NetIo* io);
+  void wait_for_room(NetIo* io);
+  void on_net(NetIo* io, int32_t res);
+  bool end_net(NetIo* io);
   void end_poll(uint64_t user_data);
   void on_poll(uint64_t user_data, int32_t res, uint32_t flags);
-  unsigned reap();
+  void reap();
 
   io_uring ring_{};
   bool ready_ = false;
@@ -95,6 +133,9 @@ class Uring {
   Op* free_ops_ = nullptr;
   Op* resend_head_ = nullptr;
   Op** resend_tail_ = &resend_head_;
+  NetIo* net_head_ = nullptr;  // submitted, not in the submission queue yet
+  NetIo** net_tail_ = &net_head_;
+  std::vector<NetIo*> net_cancel_;  // to be cancelled when there is room to say so
   std::vector<UringDevice*> devs_ = std::vector<UringDevice*>(kFiles);
   std::vector<bool> buffers_ = std::vector<bool>(kBuffers);
   std::vector<Poll> polls_;
