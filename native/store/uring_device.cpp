@@ -22,7 +22,7 @@ constexpr uint32_t kMaxRetries = 64;  // of one operation, after EAGAIN or EINTR
 constexpr unsigned kMaxPasses = 16;   // over an overflowing completion queue in one call
 constexpr unsigned kBatch = 16;       // completions per call: what they lead to goes out before the rest is looked at
 constexpr uint64_t kTagPoll = 1, kTagNone = 2, kTagNet = 3, kTagMask = 3;  // low bits of user_data; 0: an Op
-constexpr unsigned kPollBits = 12;                            // of a poll handle: index; above: generation
+constexpr unsigned kPollBits = 12;                                         // of a poll handle: index; above: generation
 constexpr uint32_t kGenMask = (1u << (31 - kPollBits)) - 1;
 static_assert(1u << kPollBits == Uring::kPolls);
 

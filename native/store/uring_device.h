@@ -40,7 +40,8 @@ struct alignas(8) NetIo {
   void* buf = nullptr;
   uint32_t len = 0;
   msghdr* msg = nullptr;
-  int32_t result = 0;  // bytes, which may be fewer than asked for: also after cancel(); 0: the peer has ended; or -errno
+  int32_t result =
+      0;  // bytes, which may be fewer than asked for: also after cancel(); 0: the peer has ended; or -errno
   void (*done)(NetIo*) = nullptr;
   void* owner = nullptr;
 
