@@ -1,0 +1,297 @@
+// tcp_stream.cpp: receiving and sending over one socket; see tcp_stream.h.
+#include "tcp_stream.h"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+
+#include "../store/check.h"
+
+namespace kvfs {
+
+uint64_t channel_clock_ns() {
+  timespec ts;
+  ::clock_gettime(CLOCK_MONOTONIC, &ts);
+  return static_cast<uint64_t>(ts.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(ts.tv_nsec);
+}
+
+TcpStream::TcpStream(Uring& uring, int fd, uint32_t body) : heard_ns_(channel_clock_ns()), uring_(uring), fd_(fd) {
+  const int flags = ::fcntl(fd, F_GETFL);
+  if (flags >= 0 && (flags & O_NONBLOCK) != 0) ::fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);  // NetIo waits in the kernel
+  stage_bytes_ = std::max(kStage, uint32_t{sizeof(wire::FrameHeader)} + body);
+  stage_ = std::make_unique<uint8_t[]>(stage_bytes_);
+  meta_ = std::make_unique<uint8_t[]>(kMetaBytes);
+  pieces_.reserve(wire::kMaxBatch);
+  recv_.fd = send_.fd = fd;
+  recv_.owner = send_.owner = call_.owner = this;
+  recv_.done = recv_done;
+  send_.done = send_done;
+  call_.done = call_done;
+  recv_.msg = &recv_msg_;
+  recv_msg_.msg_iov = recv_iov_.data();
+  send_.op = NetIo::Op::SendMsg;
+  send_.msg = &send_msg_;
+  send_.flags = MSG_NOSIGNAL | MSG_WAITALL;
+}
+
+TcpStream::~TcpStream() {
+  KVFS_CHECK(quiet());
+  if (fd_ >= 0) ::close(fd_);
+}
+
+// ---------------------------------------------------------------- receiving
+
+void TcpStream::receive_frame(uint32_t need) {
+  if (broken_) return;
+  KVFS_CHECK(!recv_busy_ && have_ < need && need <= stage_bytes_);
+  if (at_ != 0) std::memmove(stage_.get(), stage_.get() + at_, have_);
+  at_ = 0;
+  recv_.op = NetIo::Op::Recv;
+  recv_.buf = stage_.get() + have_;
+  recv_.len = std::max(need, kStage) - have_;
+  recv_.flags = 0;
+  recv_busy_ = true;
+  to_pieces_ = false;
+  ++counters_.calls;
+  uring_.submit(&recv_);
+}
+
+// n bytes of the pieces have come.
+void TcpStream::fill(uint32_t n) {
+  while (n > 0) {
+    KVFS_CHECK(piece_ < pieces_.size());
+    const Piece p = pieces_[piece_];
+    const uint32_t part = std::min(n, p.len - piece_done_);
+    piece_done_ += part;
+    n -= part;
+    if (piece_done_ < p.len) break;
+    ++piece_;
+    piece_done_ = 0;
+    on_piece(p);
+  }
+}
+
+bool TcpStream::receive_pieces() {
+  while (!broken_ && piece_ < pieces_.size() && have_ > 0) {
+    const Piece& p = pieces_[piece_];
+    const uint32_t part = std::min(have_, p.len - piece_done_);
+    if (p.ptr != nullptr) {
+      std::memcpy(p.ptr + piece_done_, staged(), part);
+      counters_.copied += part;
+    }
+    consume(part);
+    fill(part);
+  }
+  if (broken_) return false;
+  if (piece_ == pieces_.size()) {
+    pieces_.clear();
+    piece_ = 0;
+    return true;
+  }
+  KVFS_CHECK(!recv_busy_);
+  uint32_t n = 0;
+  const auto put = [&](uint8_t* p, uint32_t len) {
+    if (n > 0 && static_cast<uint8_t*>(recv_iov_[n - 1].iov_base) + recv_iov_[n - 1].iov_len == p) {
+      recv_iov_[n - 1].iov_len += len;
+    } else {
+      recv_iov_[n++] = {p, len};
+    }
+  };
+  for (size_t i = piece_; i < pieces_.size() && n < kRecvIov; ++i) {
+    const uint32_t skip = i == piece_ ? piece_done_ : 0;
+    uint32_t left = pieces_[i].len - skip;
+    if (pieces_[i].ptr != nullptr) {
+      put(pieces_[i].ptr + skip, left);
+      continue;
+    }
+    if (sink_ == nullptr) sink_ = std::make_unique<uint8_t[]>(kSinkBytes);
+    while (left > 0 && n < kRecvIov) {
+      const uint32_t part = std::min(left, kSinkBytes);
+      recv_iov_[n++] = {sink_.get(), part};
+      left -= part;
+    }
+  }
+  recv_.flags = MSG_WAITALL;
+  if (n == 1) {
+    recv_.op = NetIo::Op::Recv;
+    recv_.buf = recv_iov_[0].iov_base;
+    recv_.len = static_cast<uint32_t>(recv_iov_[0].iov_len);
+  } else {
+    recv_.op = NetIo::Op::RecvMsg;
+    recv_msg_.msg_iovlen = n;
+  }
+  recv_busy_ = to_pieces_ = true;
+  ++counters_.calls;
+  uring_.submit(&recv_);
+  return false;
+}
+
+void TcpStream::recv_done(NetIo* io) {
+  auto* s = static_cast<TcpStream*>(io->owner);
+  const int32_t n = io->result;
+  s->recv_busy_ = false;
+  ++s->depth_;
+  if (n > 0) {
+    s->heard_ns_ = channel_clock_ns();
+    if (s->to_pieces_) {
+      s->fill(static_cast<uint32_t>(n));
+    } else {
+      s->have_ += static_cast<uint32_t>(n);
+    }
+  }
+  if (!s->broken_) {
+    if (n == 0) {
+      s->on_end();
+    } else if (n > 0 || n == -ECANCELED) {
+      s->on_received();
+    } else {
+      s->break_up(n);
+    }
+  }
+  s->end_if_still();
+  --s->depth_;
+}
+
+// ---------------------------------------------------------------- sending
+
+bool TcpStream::send_room(uint32_t meta, uint32_t iovs) const {
+  return kMetaBytes - meta_used_ >= meta && kSendIov - iovs_ >= iovs && payload_ < kSendBytes;
+}
+
+void TcpStream::add_meta(uint32_t n) {
+  uint8_t* p = meta();
+  meta_used_ += n;
+  if (iovs_ > 0) {
+    iovec& last = send_iov_[iovs_ - 1];
+    if (static_cast<uint8_t*>(last.iov_base) + last.iov_len == p) {
+      last.iov_len += n;
+      return;
+    }
+  }
+  send_iov_[iovs_++] = {p, n};
+}
+
+void TcpStream::add_payload(const void* p, uint32_t n) {
+  send_iov_[iovs_++] = {const_cast<void*>(p), n};
+  payload_ += n;
+  counters_.bytes_out += n;
+}
+
+void TcpStream::send() {
+  if (iovs_ == 0 || broken_) return;
+  KVFS_CHECK(!send_busy_);
+  first_ = 0;
+  post_send();
+}
+
+void TcpStream::post_send() {
+  send_msg_.msg_iov = send_iov_.data() + first_;
+  send_msg_.msg_iovlen = iovs_ - first_;
+  send_busy_ = true;
+  halting_ = false;
+  ++counters_.calls;
+  uring_.submit(&send_);
+}
+
+void TcpStream::halt_send() {
+  halting_ = true;
+  uring_.cancel(&send_);
+}
+
+bool TcpStream::detach(const void* p, uint32_t n) {
+  const auto from = reinterpret_cast<uintptr_t>(p), to = from + n;
+  for (uint32_t i = first_; i < iovs_; ++i) {
+    iovec& v = send_iov_[i];
+    const auto at = reinterpret_cast<uintptr_t>(v.iov_base);
+    if (at >= to || at + v.iov_len <= from) continue;
+    std::unique_ptr<uint8_t[]> copy(new (std::nothrow) uint8_t[v.iov_len]);
+    if (copy == nullptr) return false;
+    std::memcpy(copy.get(), v.iov_base, v.iov_len);
+    counters_.copied += v.iov_len;
+    v.iov_base = copy.get();
+    copies_.push_back(std::move(copy));
+  }
+  return true;
+}
+
+void TcpStream::send_done(NetIo* io) {
+  auto* s = static_cast<TcpStream*>(io->owner);
+  ++s->depth_;
+  s->send_busy_ = false;
+  auto n = static_cast<size_t>(std::max(io->result, 0));
+  while (n > 0 && s->first_ < s->iovs_) {
+    iovec& v = s->send_iov_[s->first_];
+    const size_t part = std::min(n, v.iov_len);
+    v.iov_base = static_cast<uint8_t*>(v.iov_base) + part;
+    v.iov_len -= part;
+    n -= part;
+    if (v.iov_len == 0) ++s->first_;
+  }
+  if (s->broken_) {
+    // Ends below.
+  } else if (io->result <= 0 && !(io->result == -ECANCELED && s->halting_)) {
+    s->break_up(io->result == 0 ? -EPIPE : io->result);
+  } else if (s->first_ < s->iovs_) {
+    if (s->halting_) s->on_send_halted();
+    if (!s->broken_) s->post_send();
+  } else {
+    s->iovs_ = s->meta_used_ = 0;
+    s->payload_ = 0;
+    s->copies_.clear();
+    s->on_sent();
+  }
+  s->end_if_still();
+  --s->depth_;
+}
+
+// ---------------------------------------------------------------- the end
+
+void TcpStream::call_back() {
+  if (call_busy_) return;
+  call_busy_ = true;
+  uring_.submit(&call_);
+}
+
+void TcpStream::call_done(NetIo* io) {
+  auto* s = static_cast<TcpStream*>(io->owner);
+  s->call_busy_ = false;
+  ++s->depth_;
+  s->on_call();
+  s->end_if_still();
+  --s->depth_;
+}
+
+void TcpStream::break_up(int err) {
+  if (broken_) return;
+  broken_ = true;
+  error_ = err;
+  ::shutdown(fd_, SHUT_RDWR);
+  if (recv_busy_) uring_.cancel(&recv_);
+  if (send_busy_) uring_.cancel(&send_);
+  if (!recv_busy_ && !send_busy_ && !called_in()) call_back();
+}
+
+void TcpStream::end_if_still() {
+  if (!broken_ || ended_ || recv_busy_ || send_busy_) return;
+  ended_ = true;
+  ::close(fd_);
+  fd_ = -1;
+  on_broken();
+}
+
+void TcpStream::last_word(int err) {
+  if (broken_ || send_busy_) return;
+  wire::FrameHeader h{};
+  h.magic = wire::kFrameMagic;
+  h.type = uint8_t(wire::Type::Bye);
+  h.batch = static_cast<uint64_t>(-err);
+  wire::seal(&h, nullptr);
+  [[maybe_unused]] const ssize_t n = ::send(fd_, &h, sizeof h, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+}  // namespace kvfs
