@@ -24,8 +24,8 @@ TcpStream::TcpStream(Uring& uring, int fd, uint32_t body) : heard_ns_(channel_cl
   const int flags = ::fcntl(fd, F_GETFL);
   if (flags >= 0 && (flags & O_NONBLOCK) != 0) ::fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);  // NetIo waits in the kernel
   stage_bytes_ = std::max(kStage, uint32_t{sizeof(wire::FrameHeader)} + body);
-  stage_ = std::make_unique<uint8_t[]>(stage_bytes_);
-  meta_ = std::make_unique<uint8_t[]>(kMetaBytes);
+  stage_ = std::make_unique_for_overwrite<uint8_t[]>(stage_bytes_);
+  meta_ = std::make_unique_for_overwrite<uint8_t[]>(kMetaBytes);
   pieces_.reserve(wire::kMaxBatch);
   recv_.fd = send_.fd = fd;
   recv_.owner = send_.owner = call_.owner = this;
@@ -109,7 +109,7 @@ bool TcpStream::receive_pieces() {
       put(pieces_[i].ptr + skip, left);
       continue;
     }
-    if (sink_ == nullptr) sink_ = std::make_unique<uint8_t[]>(kSinkBytes);
+    if (sink_ == nullptr) sink_ = std::make_unique_for_overwrite<uint8_t[]>(kSinkBytes);
     while (left > 0 && n < kRecvIov) {
       const uint32_t part = std::min(left, kSinkBytes);
       recv_iov_[n++] = {sink_.get(), part};
