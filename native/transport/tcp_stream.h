@@ -2,6 +2,9 @@
 // staging buffer, payload straight to where it belongs, and what is to be sent leaves with one sendmsg at a time. Memory of
 // its own: the staging buffer, kMetaBytes for headers being sent, two arrays of iovecs, kSinkBytes once something was thrown
 // away, and what detach() copied.
+// Not used: zero-copy sending (on loopback the kernel copies all the same, and elsewhere each send needs a second completion
+// before its buffers are free), and multishot receive (a batch of 64 costs one receive of its header and one of its payload,
+// and both are submitted by the system call that waits).
 #pragma once
 
 #include <sys/uio.h>
