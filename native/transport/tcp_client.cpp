@@ -416,12 +416,17 @@ void TcpClientChannel::fail(NetOp* op) {
   end(op);
 }
 
+// What ends meanwhile comes back at the next call: an owner that submits again and again to a broken channel stops nobody.
 void TcpClientChannel::deliver() {
-  while (NetOp* op = done_head_) {
-    done_head_ = op->next;
-    if (done_head_ == nullptr) done_tail_ = &done_head_;
+  NetOp* op = done_head_;
+  done_head_ = nullptr;
+  done_tail_ = &done_head_;
+  while (op != nullptr) {
+    NetOp* next = op->next;
     op->done(op);
+    op = next;
   }
+  if (done_head_ != nullptr) call_back();
 }
 
 void TcpClientChannel::on_broken() {
