@@ -1,31 +1,20 @@
 // node.cpp owns the C ABI of kvfs_node.h: it starts and stops the reactor thread with its device and store, the control
 // and file servers, and the daemon's own two rings.
-#include "../ffi/kvfs_node.h"
+#include "node.h"
 
 #include <fcntl.h>
 #include <linux/fuse.h>
 #include <linux/futex.h>
-#include <sys/eventfd.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
-
-#include "../store/check.h"
-#include "control.h"
-#include "files.h"
-#include "fuse_channel.h"
-#include "namespaces.h"
-#include "reactor.h"
 
 namespace kvfs {
 namespace {
@@ -39,105 +28,20 @@ int fail(const Status& st, char* err, size_t len) {
   return -st.err;
 }
 
-// A ring in our own memory: same layout and code as the clients', an eventfd or a futex to wake us.
-struct OwnRing {
-  Ring daemon;
-  ClientRing client;
-  std::mutex mu;
-  bool make(uint32_t entries, bool notify) {
-    daemon.bytes = ring_bytes(entries);
-    daemon.mem = aligned_alloc(4096, daemon.bytes);
-    daemon.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (notify) daemon.notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (daemon.mem == nullptr || daemon.wake_fd < 0 || (notify && daemon.notify_fd < 0)) return false;
-    memset(daemon.mem, 0, daemon.bytes);
-    ring_format(daemon.mem, entries);
-    daemon.q.attach(daemon.mem, entries);
-    client.attach(daemon.mem, daemon.bytes);
-    return true;
-  }
-  ~OwnRing() {
-    free(daemon.mem);
-    if (daemon.wake_fd >= 0) close(daemon.wake_fd);
-    if (daemon.notify_fd >= 0) close(daemon.notify_fd);
-  }
-  void publish() {
-    if (!client.publish()) return;
-    uint64_t one = 1;
-    ssize_t n = write(daemon.wake_fd, &one, sizeof one);
-    (void)n;
-  }
-};
-
-// Something one thread waits for another to set.
-template <typename T>
-struct Box {
-  std::mutex mu;
-  std::condition_variable cv;
-  bool full = false;
-  T value{};
-  void set(T v) {
-    std::lock_guard<std::mutex> g(mu);
-    value = std::move(v);
-    full = true;
-    cv.notify_one();
-  }
-  T get() {
-    std::unique_lock<std::mutex> g(mu);
-    cv.wait(g, [&] { return full; });
-    return std::move(value);
-  }
-};
-
-// What f, run by the reactor between two turns, returns.
-template <typename F>
-auto in_reactor(Reactor* r, F f) {
-  auto box = std::make_shared<Box<decltype(f())>>();
-  r->post([box, f] { box->set(f()); });
-  return box->get();
-}
-
-// A descriptor that lives as long as somebody uses it.
-struct SharedFd {
-  explicit SharedFd(int f) : fd(f) {}
-  ~SharedFd() {
-    if (fd >= 0) close(fd);
-  }
-  int fd;
-};
-
 }  // namespace
 }  // namespace kvfs
 
 using namespace kvfs;  // NOLINT: the C functions below
 
-struct kvfs_node {
-  std::string data_path;
-  StoreOptions store_opt;
-  uint64_t dirty_bytes = kDirtyBytes;
-  InodeTable inodes;
-  Namespaces namespaces;
-  Upcalls upcalls;
-  OwnRing own, calls;
-  uint64_t next_call = 1;
-  std::thread thread;
-  Box<Status> opened, closed;
-  Reactor* reactor = nullptr;  // lives on the reactor thread's stack from opened to closed
-  Store* store = nullptr;
-  std::unique_ptr<ControlServer> control;
-  std::unique_ptr<FileServer> files;
-  Uring* ring = nullptr;  // the reactor's
-  std::mutex fuse_mu;     // over the whole of a start or a stop
-  std::unique_ptr<FuseChannel> fuse;
-  std::mutex notify_mu;
-  std::shared_ptr<SharedFd> notify;  // /dev/fuse, for invalidations
-  std::shared_ptr<FuseChannel::Left> left;
-
-  void run();
-};
-
 // The reactor thread: everything that uses the io_uring is created, used and destroyed here.
 void kvfs_node::run() {
+  if (pin_cpu != 0) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    if (pin_cpu <= CPU_SETSIZE) CPU_SET(pin_cpu - 1, &one);
+    if (sched_setaffinity(0, sizeof one, &one) != 0)
+      return opened.set({EINVAL, "the reactor cannot run on CPU " + std::to_string(pin_cpu - 1)});
+  }
   std::unique_ptr<Uring> uring;
   std::unique_ptr<UringDevice> dev;
   std::unique_ptr<Store> st;
@@ -194,6 +98,7 @@ int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, siz
   n->data_path = cfg->data_path;
   n->store_opt.memory_bytes = cfg->memory_bytes;
   if (cfg->dirty_bytes != 0) n->dirty_bytes = cfg->dirty_bytes;
+  n->pin_cpu = cfg->pin_cpu;
   n->store_opt.verify = cfg->verify != 0;
   n->store_opt.read_only = cfg->read_only != 0;
   if (cfg->high_watermark > 0) n->store_opt.high_watermark = cfg->high_watermark;
