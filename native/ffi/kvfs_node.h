@@ -32,7 +32,7 @@ struct kvfs_node_config {
   uint64_t mount_dev;     /* st_dev of the mount, for file handles; 0 = set later by kvfs_node_set_mount */
   double high_watermark;  /* 0 = default */
   double low_watermark;
-  const struct kvfs_remote_config* remote; /* with data_path NULL: the chunks are on chunk servers, see kvfs_net.h */
+  const struct kvfs_remote_config* remote; /* with data_path NULL: the chunks are on chunk servers, see kvfs_remote.h */
   uint32_t pin_cpu;                        /* the reactor runs on CPU pin_cpu - 1 only; 0: on any */
   uint32_t rsv;
 };
