@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
-       fuse3 libfuse3-dev liburing-dev libxxhash-dev libgtest-dev rsync fio strace
+       fuse3 libfuse3-dev liburing-dev libxxhash-dev libsodium-dev libgtest-dev rsync fio strace
 APT_SUITES := perl stress-ng fsmark dbench openmpi-bin util-linux postgresql git
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
