@@ -14,6 +14,7 @@ namespace kvfs {
 
 namespace {
 constexpr uint64_t kClockNs = 100000000;  // how often clocks of connections and sessions are looked at
+constexpr uint64_t kAskNs = 100000000;    // a connection that was told of a buffer asks for it within this
 constexpr uint64_t kMostIn = 64u << 20;   // payload that one session may have unanswered
 
 void add(ChannelCounters* to, const ChannelCounters& c) {
@@ -197,6 +198,8 @@ void NetServer::look_at_clocks() {
     if ((c->receiving != 0 || c->replied != 0) && now - c->progress_ns > kStallNs) doom(c.get(), -ETIMEDOUT);
     if (stop_at_ns_ != 0 && (over || c->session->held == 0)) doom(c.get(), -ESHUTDOWN);
   }
+  // Who is told of a buffer and does not ask for it loses its turn: it is still receiving something else.
+  if (asked_ns_ != 0 && now - asked_ns_ > kAskNs && !in_wait_.empty()) end_waiting(in_wait_.front()->in_wait.front());
   if (over) {
     for (NetTask* t : jobs_) {
       t->generated = true;
@@ -284,6 +287,9 @@ void NetServer::uncount(NetTask* t) {
   t->conn->in_bytes -= t->op->desc.len;
   s->in_bytes -= t->op->desc.len;
   in_freed_ = true;
+  if (s->in_wait.empty() || s->in_listed) return;
+  s->in_listed = true;
+  in_wait_.push_back(s);
 }
 
 bool NetServer::buffer(ServerOp* op) {
@@ -293,21 +299,29 @@ bool NetServer::buffer(ServerOp* op) {
   const uint32_t len = op->desc.len;
   if (c->unanswered >= opt_.max_ops || c->in_bytes + len > max_in_ || s->held >= kHeldFactor * opt_.max_ops)
     return doom(c, -EPROTO), false;
-  const bool granted = granted_ == c;
-  const bool too_much = s->in_bytes != 0 && s->in_bytes + len > max_in_;  // over all its connections
+  // Over all its connections: what is more waits until the session has less, and others go on.
+  const bool too_much = s->in_bytes != 0 && s->in_bytes + len > max_in_;
+  const bool first = in_wait_.empty() || (in_wait_.front() == s && s->in_wait.front() == c);
   NetBuffers::Buffer b;
-  if (too_much || (!granted && !in_wait_.empty()) || !buffers_.get(NetBuffers::In, len, &b)) {
-    if (granted) {
-      outcome_ = too_much ? Outcome::TooMuch : Outcome::None;
-    } else if (!c->waiting) {
-      c->waiting = true;
-      s->in_wait.push_back(c);
-      if (s->in_wait.size() == 1) in_wait_.push_back(s);
-      in_freed_ = in_freed_ || too_much;
+  if (too_much || !first || !buffers_.get(NetBuffers::In, len, &b)) {
+    if (!c->waiting) s->in_wait.push_back(c);
+    c->waiting = true;
+    if (too_much) {
+      unlist(s);
+    } else if (!s->in_listed) {
+      s->in_listed = true;
+      in_wait_.push_back(s);
     }
+    if (first) asked_ns_ = 0;
     return false;
   }
-  granted_ = nullptr;
+  if (c->waiting) {  // the next one's turn
+    end_waiting(c);
+    if (s->in_listed) {
+      std::erase(in_wait_, s);
+      in_wait_.push_back(s);
+    }
+  }
   NetTask* t = new_task(op, c);
   t->buf = b;
   t->side = NetBuffers::In;
@@ -320,47 +334,31 @@ bool NetServer::buffer(ServerOp* op) {
   return true;
 }
 
+void NetServer::unlist(NetSession* s) {
+  if (!s->in_listed) return;
+  s->in_listed = false;
+  std::erase(in_wait_, s);
+  asked_ns_ = 0;
+  in_freed_ = true;  // the next may find what it wants
+}
+
 void NetServer::end_waiting(NetConn* c) {
   if (!c->waiting) return;
   c->waiting = false;
   std::erase(c->session->in_wait, c);
-  if (c->session->in_wait.empty()) std::erase(in_wait_, c->session);
-  in_freed_ = true;  // the next may find what it wants
+  if (c->session->in_wait.empty()) unlist(c->session);
+  asked_ns_ = 0;
+  in_freed_ = true;
 }
 
-// Sessions take turns, and of each session its connections. Nobody is passed by one who wants less, but by others while it
-// has as much as it may have.
+// Sessions take turns for buffers, and of each session its connections; nobody is passed by one who wants less. The first
+// is told, and asks again (buffer()) when it can.
 void NetServer::give_waiting_buffers() {
   if (!in_freed_) return;
   in_freed_ = false;
-  std::vector<NetSession*> passed;
-  for (uint32_t n = kTurnOps; !in_wait_.empty(); --n) {
-    if (n == 0) {
-      in_freed_ = true;
-      break;
-    }
-    NetSession* s = in_wait_.front();
-    NetConn* c = s->in_wait.front();
-    s->in_wait.pop_front();
-    in_wait_.pop_front();
-    if (!s->in_wait.empty()) in_wait_.push_back(s);
-    c->waiting = false;
-    granted_ = c;
-    outcome_ = Outcome::Given;
-    c->channel->resume();
-    granted_ = nullptr;
-    if (outcome_ == Outcome::Given || c->ended || c->doom != 0 || c->waiting) continue;
-    c->waiting = true;
-    if (!s->in_wait.empty()) std::erase(in_wait_, s);
-    s->in_wait.push_front(c);
-    if (outcome_ == Outcome::TooMuch) {
-      passed.push_back(s);
-      continue;
-    }
-    in_wait_.push_front(s);  // its turn stays its turn
-    break;
-  }
-  for (size_t i = passed.size(); i-- > 0;) in_wait_.push_front(passed[i]);
+  if (in_wait_.empty()) return;
+  if (asked_ns_ == 0) asked_ns_ = now_ns_;
+  in_wait_.front()->in_wait.front()->channel->resume();
 }
 
 void NetServer::released(ServerOp* op) {

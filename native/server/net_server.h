@@ -93,6 +93,7 @@ class NetServer final : public Source, public ChannelHandler {
   void close_doomed();
   void sweep();
   void look_at_clocks();
+  void unlist(NetSession* s);
   void end_waiting(NetConn* c);
   void give_waiting_buffers();
   NetTask* new_task(ServerOp* op, NetConn* c);
@@ -133,10 +134,9 @@ class NetServer final : public Source, public ChannelHandler {
   std::vector<std::unique_ptr<NetConn>> conns_;
   std::vector<NetConn*> dirty_;
   std::vector<NetConn*> cancelling_;
-  std::deque<NetSession*> in_wait_;  // sessions with connections that wait for a buffer; each once
-  NetConn* granted_ = nullptr;       // whose turn it is to ask for one
-  enum class Outcome { Given, None, TooMuch } outcome_ = Outcome::Given;  // of its asking
-  std::vector<NetSession*> ring_;                                         // sessions with operations that may begin
+  std::deque<NetSession*> in_wait_;   // sessions with connections that wait for a buffer; each once
+  uint64_t asked_ns_ = 0;             // when the first of them was told; 0: not yet, or it has asked
+  std::vector<NetSession*> ring_;     // sessions with operations that may begin
   bool more_ = false;                 // schedule() stopped without waiting for anything
   std::deque<NetSession*> job_wait_;  // sessions with jobs that wait; each once
   std::vector<NetTask*> jobs_;        // under way

@@ -128,10 +128,11 @@ struct NetSession {
   TaskList queue;
   uint64_t deficit = 0;  // bytes that it may still move in this round
   bool in_ring = false;
-  TaskList jobs;              // wait for a place
-  bool jobs_listed = false;   // the server knows
-  uint32_t jobs_running = 0;  // have one
-  std::deque<NetConn*> in_wait;
+  TaskList jobs;                 // wait for a place
+  bool jobs_listed = false;      // the server knows
+  uint32_t jobs_running = 0;     // have one
+  std::deque<NetConn*> in_wait;  // connections that wait for a buffer
+  bool in_listed = false;        // for its turn; else it has all that it may have
   AnswerMemory memory;
   explicit NetSession(uint32_t slots) : memory(slots) {}
 };
