@@ -65,6 +65,7 @@ struct Socket {
     auto* to = static_cast<uint8_t*>(p);
     while (n != 0) {
       const ssize_t got = recv(fd, to, n, 0);
+      if (got < 0 && errno == EINTR) continue;
       if (got <= 0) return false;
       to += got;
       n -= size_t(got);
