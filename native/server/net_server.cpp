@@ -63,6 +63,7 @@ NetSession* NetServer::open_session(const wire::Hello& hello, const wire::Capabi
   if (getrandom(s->id.data(), s->id.size(), 0) != ssize_t(s->id.size())) return *err = -EBUSY, nullptr;
   std::copy_n(hello.client, s->client.size(), s->client.begin());
   s->capability = capability;
+  s->features = hello.features & opt_.features;
   s->idle_since_ns = now_ns_;
   stats_.sessions_opened++;
   NetSession* p = s.get();
@@ -83,7 +84,6 @@ NetConn* NetServer::admit(const wire::Hello& hello, const wire::Capability* capa
   wall_s_ = uint64_t(time(nullptr));
   reply->version = wire::kVersion;
   reply->map_version = map_version_;
-  reply->features = hello.features & opt_.features;
   std::copy(opt_.boot.begin(), opt_.boot.end(), reply->boot);
   reply->max_ops = opt_.max_ops;
   reply->max_batch = opt_.max_batch;
@@ -116,6 +116,7 @@ NetConn* NetServer::admit(const wire::Hello& hello, const wire::Capability* capa
     return nullptr;
   }
   std::copy(s->id.begin(), s->id.end(), reply->session);
+  reply->features = hello.features & s->features;
   auto c = std::make_unique<NetConn>();
   c->session = s;
   c->features = reply->features;

@@ -119,6 +119,7 @@ struct NetSession {
   std::array<uint8_t, 16> id{};
   std::array<uint8_t, 16> client{};
   wire::Capability capability;
+  uint64_t features = 0;  // agreed on with its Hello; a connection has these or fewer
   std::vector<NetConn*> conns;
   uint64_t idle_since_ns = 0;  // when its last connection ended
   uint32_t held = 0;           // tasks that exist
