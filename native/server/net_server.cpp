@@ -194,9 +194,10 @@ void NetServer::look_at_clocks() {
   next_clock_ns_ = now + kClockNs;
   wall_s_ = uint64_t(time(nullptr));
   const bool over = stop_at_ns_ != 0 && now >= stop_at_ns_;
+  const uint64_t stall = uint64_t{opt_.stall_ms} * 1000000u;
   for (const auto& c : conns_) {
     if (c->ended || c->channel == nullptr) continue;
-    if ((c->receiving != 0 || c->replied != 0) && now - c->progress_ns > kStallNs) doom(c.get(), -ETIMEDOUT);
+    if ((c->receiving != 0 || c->replied != 0) && now - c->progress_ns > stall) doom(c.get(), -ETIMEDOUT);
     if (stop_at_ns_ != 0 && (over || c->session->held == 0)) doom(c.get(), -ESHUTDOWN);
   }
   // Who is told of a buffer and does not ask for it loses its turn: it is still receiving something else.

@@ -22,20 +22,20 @@ namespace kvfs {
 constexpr uint32_t kMaxTargetConnections = 4096;
 constexpr uint32_t kHeldFactor = 4;
 constexpr uint32_t kMaxStoreOps = 4096;
-constexpr uint32_t kMaxJobs = 8;             // scans and purges under way
-constexpr uint32_t kMaxSessionJobs = 4;      // of one session
-constexpr uint32_t kPurgeWidth = 64;         // deletes of one purge under way
-constexpr uint32_t kJobBudget = 4096;        // index entries that all jobs together look at in one turn
-constexpr uint32_t kTurnOps = 256;           // operations begun in one turn
-constexpr uint32_t kQuantum = 1u << 20;      // bytes of a session's turn
-constexpr uint32_t kOpCost = 4096;           // bytes that an operation counts for besides its payload
-constexpr uint64_t kStallNs = 30000000000u;  // a connection on which nothing moves that should is ended after this
-constexpr uint64_t kStopNs = 5000000000u;    // and at the end after this
+constexpr uint32_t kMaxJobs = 8;           // scans and purges under way
+constexpr uint32_t kMaxSessionJobs = 4;    // of one session
+constexpr uint32_t kPurgeWidth = 64;       // deletes of one purge under way
+constexpr uint32_t kJobBudget = 4096;      // index entries that all jobs together look at in one turn
+constexpr uint32_t kTurnOps = 256;         // operations begun in one turn
+constexpr uint32_t kQuantum = 1u << 20;    // bytes of a session's turn
+constexpr uint32_t kOpCost = 4096;         // bytes that an operation counts for besides its payload
+constexpr uint64_t kStopNs = 5000000000u;  // until connections are ended at the end, whatever they do
 
 struct NetServerOptions {
   uint64_t buffer_bytes = 256u << 20;
   uint32_t max_sessions = 256;
   uint32_t keep_ms = 30000;
+  uint32_t stall_ms = 30000;  // a connection on which nothing moves that should is ended after this
   uint32_t max_ops = 1024;
   uint32_t max_batch = 64;
   uint64_t features = wire::kFeatures;

@@ -201,5 +201,27 @@ TEST_F(NetServerLoadTest, APayloadThatNeverComesStopsNobodyElse) {
   for (uint64_t i = 0; i < 20; ++i) ASSERT_EQ(put(&fine, block_key(100 + i), pattern(i, 1u << 20)), 1);
 }
 
+TEST_F(NetServerLoadTest, AConnectionOnWhichNothingMovesIsEndedAndAllItHadIsFree) {
+  NetServerOptions o;
+  o.stall_ms = 300;
+  start(o);
+  Client deaf, slow, idle;
+  ASSERT_EQ(admit(&deaf, capability({kAll})), 0);
+  ASSERT_EQ(admit(&slow, capability({kAll})), 0);
+  ASSERT_EQ(admit(&idle, capability({kAll})), 0);
+  const Bytes v = pattern(1, 1u << 20);
+  ASSERT_EQ(put(&idle, block_key(1), v), 1);
+  deaf.channel->unread = true;
+  send(&deaf, {deaf.get(block_key(1), 1u << 20)});
+  slow.channel->stall_payload = true;
+  send(&slow, {slow.change(Op::Put, block_key(2), uint32_t(v.size()))}, v);
+  turn();
+  EXPECT_EQ(stats().buffers_used, 2u << 20);
+  until([&] { return deaf.channel->ended() && slow.channel->ended(); });
+  until([&] { return stats().connections == 1; });
+  EXPECT_EQ(stats().buffers_used, 0u);
+  EXPECT_EQ(run(&idle, idle.get(block_key(1), 100)), 100) << "who has nothing under way may wait as long as it likes";
+}
+
 }  // namespace
 }  // namespace kvfs::testing_net
