@@ -170,6 +170,8 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
       const int64_t n = store_->lookup(t->req.key, &info);
       if (n < 0 || uint64_t(n) <= d.off) return done(n < 0 ? n : 0);
       const auto len = uint32_t(std::min<uint64_t>(d.len, uint64_t(n) - d.off));
+      if (s->out_bytes != 0 && s->out_bytes + NetBuffers::size_for(len) > out_share_) return Serve::Parked;
+      if (t->conn->channel->lends() && lend(t)) return done(t->lent_bytes);
       if (const Serve r = out_buffer(t, len, no_buffer); r != Serve::Done) return r;
       return run(Request::Op::Get, d.off, len);
     }
@@ -209,6 +211,17 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
     }
   }
   return done(-EOPNOTSUPP);
+}
+
+// What is in memory is sent from where it is.
+bool NetServer::lend(NetTask* t) {
+  const wire::Desc& d = t->op->desc;
+  const int64_t n = store_->lend(t->req.key, d.off, d.len, (d.flags & wire::kNoTouch) == 0, &t->lent);
+  if (n <= 0) return false;
+  t->lent_bytes = uint32_t(n);
+  t->session->out_bytes += t->lent_bytes;
+  t->op->lent = &t->lent;
+  return true;
 }
 
 NetServer::Serve NetServer::out_buffer(NetTask* t, uint32_t len, bool no_buffer) {
@@ -273,9 +286,11 @@ void NetServer::answer(NetTask* t, int64_t result) {
   NetConn* c = t->conn;
   op->result = result;
   if (wire::has_out(Op{op->desc.op}) && result > 0) {
-    KVFS_CHECK(t->side == NetBuffers::Out && result <= int64_t{t->buf.len});
+    KVFS_CHECK(result <= (op->lent != nullptr ? int64_t{t->lent_bytes} : int64_t{t->buf.len}));
+    KVFS_CHECK(op->lent != nullptr || t->side == NetBuffers::Out);
     op->out_len = uint32_t(result);
-    if ((c->features & wire::kDataSums) != 0) op->out_sum = wire::data_sum(op->buf, op->out_len);
+    if ((c->features & wire::kDataSums) != 0)
+      op->out_sum = op->lent != nullptr ? wire::data_sum(t->lent) : wire::data_sum(op->buf, op->out_len);
   }
   uncount(t);
   t->state = NetTask::State::Replied;

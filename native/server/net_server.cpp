@@ -245,7 +245,9 @@ NetTask* NetServer::new_task(ServerOp* op, NetConn* c) {
   }
   NetTask* t = free_tasks_;
   free_tasks_ = t->next;
+  Lent lent = std::move(t->lent);  // empty, but has memory
   *t = NetTask{};
+  t->lent = std::move(lent);
   t->server = this;
   t->session = c->session;
   t->conn = c;
@@ -258,6 +260,14 @@ NetTask* NetServer::new_task(ServerOp* op, NetConn* c) {
   return t;
 }
 
+void NetServer::out_freed(NetSession* s) {
+  if (!s->queue.empty() && !s->in_ring) {  // it had all that it may have
+    s->in_ring = true;
+    ring_.push_back(s);
+  }
+  more_ = more_ || !ring_.empty();
+}
+
 void NetServer::free_task(NetTask* t) {
   NetSession* s = t->session;
   if (t->buf.ptr != nullptr) {
@@ -266,12 +276,13 @@ void NetServer::free_task(NetTask* t) {
       in_freed_ = true;
     } else {
       s->out_bytes -= t->buf.len;
-      if (!s->queue.empty() && !s->in_ring) {  // it had all that it may have
-        s->in_ring = true;
-        ring_.push_back(s);
-      }
-      more_ = more_ || !ring_.empty();
+      out_freed(s);
     }
+  }
+  if (t->lent_bytes != 0) {
+    store_->give_back(&t->lent);
+    s->out_bytes -= t->lent_bytes;
+    out_freed(s);
   }
   --t->conn->held;
   --s->held;

@@ -98,6 +98,7 @@ class NetServer final : public Source, public ChannelHandler {
   void give_waiting_buffers();
   NetTask* new_task(ServerOp* op, NetConn* c);
   void free_task(NetTask* t);
+  void out_freed(NetSession* s);
   void uncount(NetTask* t);
 
   // net_exec.cpp: what becomes of an operation
@@ -107,6 +108,7 @@ class NetServer final : public Source, public ChannelHandler {
   Serve serve(NetSession* s, bool alone, bool no_buffer, uint32_t* budget);
   Serve start(NetTask* t, bool no_buffer);
   Serve out_buffer(NetTask* t, uint32_t len, bool no_buffer);
+  bool lend(NetTask* t);
   void submit(NetTask* t, Request::Op op, uint32_t off, uint32_t len);
   void finish(NetTask* t, int64_t result);
   void answer(NetTask* t, int64_t result);

@@ -34,6 +34,8 @@ struct NetTask {
   ServerOp* op = nullptr;
   NetTask* next = nullptr;  // of the queue or list that it is in
   NetBuffers::Buffer buf;
+  Lent lent;  // in place of an outgoing buffer
+  uint32_t lent_bytes = 0;
   NetBuffers::Side side = NetBuffers::In;
   State state = State::Receiving;
   bool remembered = false;  // its session's memory has it as under way

@@ -81,8 +81,9 @@ struct ServerOp {
   uint32_t buf_len = 0;    // room
   int fixed = -1;          // registered buffer of buf
   int64_t result = 0;
-  uint32_t out_len = 0;  // has_out: payload bytes that go to the client
-  uint64_t out_sum = 0;  // their XXH3-64, with kDataSums (the handler computes it)
+  uint32_t out_len = 0;        // has_out: payload bytes that go to the client
+  const Lent* lent = nullptr;  // has_out: these are here, not in buf; only where ServerChannel::lends
+  uint64_t out_sum = 0;        // their XXH3-64, with kDataSums (the handler computes it)
   ServerChannel* channel = nullptr;
   uint64_t batch = 0;
   uint16_t index = 0;
@@ -115,14 +116,15 @@ class ChannelHandler {
 class ServerChannel {
  public:
   virtual ~ServerChannel() = default;
-  virtual void start() = 0;                   // begins to receive
-  virtual void reply(ServerOp* op) = 0;       // op->result, out_len, out_sum are set; leaves at flush()
-  virtual void flush() = 0;                   // what was replied to since the last call goes out
-  virtual void resume() = 0;                  // buffers are there again
-  virtual void close() = 0;                   // ended() follows
-  virtual bool closed() const = 0;            // nothing refers to it any more
-  virtual uint32_t ops_inflight() const = 0;  // taken and not released
-  virtual bool sending() const = 0;           // answers are on their way
+  virtual void start() = 0;                     // begins to receive
+  virtual void reply(ServerOp* op) = 0;         // op->result, out_len, out_sum are set; leaves at flush()
+  virtual void flush() = 0;                     // what was replied to since the last call goes out
+  virtual void resume() = 0;                    // buffers are there again
+  virtual void close() = 0;                     // ended() follows
+  virtual bool closed() const = 0;              // nothing refers to it any more
+  virtual uint32_t ops_inflight() const = 0;    // taken and not released
+  virtual bool sending() const = 0;             // answers are on their way
+  virtual bool lends() const { return false; }  // sends what is in many places: ServerOp::lent
   virtual const ChannelCounters& counters() const = 0;
   void* owner = nullptr;  // the handler's
 };

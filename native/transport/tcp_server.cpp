@@ -190,7 +190,8 @@ void TcpServerChannel::resume() {
 // ---------------------------------------------------------------- answers
 
 void TcpServerChannel::reply(ServerOp* op) {
-  KVFS_CHECK(op->channel == this && op->out_len <= op->buf_len && (op->out_len == 0 || op->result > 0));
+  KVFS_CHECK(op->channel == this && (op->lent != nullptr || op->out_len <= op->buf_len));
+  KVFS_CHECK(op->out_len == 0 || op->result > 0);
   unsent_ += op->out_len;
   replied_.push(op);
   if (ended()) call_back();
@@ -202,10 +203,16 @@ void TcpServerChannel::flush() {
   send_more();
 }
 
+uint32_t TcpServerChannel::parts_of(const ServerOp* op) {
+  if (op->lent != nullptr) return uint32_t(op->lent->parts.size());
+  return op->out_len != 0 ? 1 : 0;
+}
+
 void TcpServerChannel::send_more() {
   if (broken() || TcpStream::sending()) return;
   if (pong_) add_pong();
-  while (ready_.head != nullptr && send_room(kMaxFrame, 1 + wire::kMaxBatch)) add_frame();
+  static_assert(Lent::kMaxParts + 1 <= kSendIov);
+  while (ready_.head != nullptr && send_room(kMaxFrame, 1 + parts_of(ready_.head))) add_frame();
   send();
 }
 
@@ -229,13 +236,16 @@ void TcpServerChannel::add_frame() {
   uint8_t* body = meta() + kHeader;
   ServerOp** frame = sending_.tail;
   ServerOp** at = &ready_.head;
+  uint32_t room = send_iovs() - 1;
   for (uint32_t look = 0; *at != nullptr && look < kLook; ++look) {
     ServerOp* op = *at;
-    if (op->batch != h.batch || h.payload + op->out_len > wire::kMaxFrameBytes) {
+    const uint32_t parts = parts_of(op);
+    if (op->batch != h.batch || h.payload + op->out_len > wire::kMaxFrameBytes || parts > room) {
       at = &op->next;
       continue;
     }
     *at = op->next;
+    room -= parts;
     const wire::Result r{op->index, 0, op->out_len, op->result, op->out_len != 0 ? op->out_sum : 0};
     std::memcpy(body + h.count * sizeof r, &r, sizeof r);
     ++h.count;
@@ -248,8 +258,13 @@ void TcpServerChannel::add_frame() {
   wire::seal(&h, body);
   std::memcpy(meta(), &h, sizeof h);
   add_meta(kHeader + wire::body_bytes(h));
-  for (ServerOp* op = *frame; op != nullptr; op = op->next)
-    if (op->out_len != 0) add_payload(op->buf, op->out_len);
+  for (ServerOp* op = *frame; op != nullptr; op = op->next) {
+    if (op->lent != nullptr) {
+      for (const Lent::Part& p : op->lent->parts) add_payload(p.ptr, p.len);
+    } else if (op->out_len != 0) {
+      add_payload(op->buf, op->out_len);
+    }
+  }
   ++counters_.frames_out;
 }
 

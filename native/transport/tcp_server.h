@@ -35,6 +35,7 @@ class TcpServerChannel final : public ServerChannel, private TcpStream {
   bool closed() const override { return ended() && quiet() && ops_ == 0; }
   uint32_t ops_inflight() const override { return ops_; }
   bool sending() const override { return TcpStream::sending() || ready_.head != nullptr || replied_.head != nullptr; }
+  bool lends() const override { return true; }
   const ChannelCounters& counters() const override { return counters_; }
 
  private:
@@ -68,6 +69,7 @@ class TcpServerChannel final : public ServerChannel, private TcpStream {
   ServerOp* new_op();
   void release(ServerOp* op);
   void release_all(List* l);
+  static uint32_t parts_of(const ServerOp* op);
   void send_more();
   void add_pong();
   void add_frame();

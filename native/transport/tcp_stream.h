@@ -65,6 +65,7 @@ class TcpStream {
 
   // --- sending; one sendmsg at a time
   bool send_room(uint32_t meta, uint32_t iovs) const;
+  uint32_t send_iovs() const { return kSendIov - iovs_; }
   uint8_t* meta() { return meta_.get() + meta_used_; }  // where headers and records are made
   void add_meta(uint32_t n);                            // the next n bytes there, behind what was added before
   void add_payload(const void* p, uint32_t n);
