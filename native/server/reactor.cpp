@@ -491,6 +491,7 @@ void Reactor::add_ring(Ring* r) {
 
 bool Reactor::add_iov(Iov* v) {
   bool all = true;
+  store_->memory(v->base, v->size, true);
   for (uint64_t off = 0; off < v->size; off += kFixedMax) {
     uint64_t n = v->size - off < kFixedMax ? v->size - off : kFixedMax;
     int idx = dev_ != nullptr ? uring_->register_buffer(v->base + off, n) : -1;
@@ -505,6 +506,7 @@ void Reactor::unregister(Iov* v) {
     if (idx >= 0) uring_->unregister_buffer(idx);
   }
   v->fixed.clear();
+  store_->memory(v->base, v->size, false);
 }
 
 void Reactor::close_ring(Ring* r, std::function<void()> done) {

@@ -154,6 +154,8 @@ class Store {
   // Its chunks are elsewhere: lookup(), scan() and prefetch() know nothing (-ENOENT, the end), Request's last operations
   // ask instead. stats() and room() are what was last heard.
   virtual bool remote() const { return false; }
+  // [base, base+len) is, or is no longer, memory of requests: networks that reach into it have to know.
+  virtual void memory(void* /*base*/, size_t /*len*/, bool /*add*/) {}
   // Synchronous, memory only. Length in bytes or -ENOENT.
   virtual int64_t lookup(const ChunkKey& key, ChunkInfo* info) = 0;
   // Loads what coming lookups and Gets of these keys will touch into the CPU's caches: index entries, and the first page
