@@ -10,12 +10,13 @@
 namespace kvfs {
 
 namespace {
-constexpr uint64_t kBatchBytes = 1u << 20;    // a batch that has them is full: rails share what is large
-constexpr uint64_t kGhostNs = 5'000'000'000;  // how long a server may count what it cannot answer any more
-constexpr uint64_t kLookNs = 10'000'000;      // at what ends or has yet to show that it works
-constexpr uint64_t kUnknownSpeed = 10'000;    // Mbit/s
-constexpr uint64_t kOpCost = 256;             // bytes on the wire besides the payload
+constexpr uint64_t kBatchBytes = 1u << 20;  // a batch that has them is full: rails share what is large
+constexpr uint64_t kLookNs = 10'000'000;    // at what ends or has yet to show that it works
+constexpr uint64_t kUnknownSpeed = 10'000;  // Mbit/s
+constexpr uint64_t kOpCost = 256;           // bytes on the wire besides the payload
 constexpr uint64_t kNever = UINT64_MAX;
+
+constexpr uint32_t kMaxSessionOps = 1u << 16;  // of what a server offers: more are never under way
 
 bool same(const wire::MapEndpoint& a, const wire::MapEndpoint& b) {
   return a.transport == b.transport && a.family == b.family && a.port == b.port &&
@@ -115,8 +116,7 @@ RemoteOp* Peer::unqueue_any() {
 
 // The next one that all limits let through; taken from its queue, the window is taken.
 RemoteOp* Peer::next_op() {
-  // What may be ghosts never takes more than three quarters: the rest keeps going.
-  if (ops_ + std::min(ghost_ops_, session_.max_ops * 3 / 4) >= session_.max_ops) return nullptr;
+  if (ops_ + cancelled_ops_ >= session_.max_ops) return nullptr;
   for (int i = 0; i < 2; ++i) {
     gets_next_ = !gets_next_;
     if (gets_next_) {
@@ -126,10 +126,9 @@ RemoteOp* Peer::next_op() {
     }
     RemoteOp* op = others_.front();
     if (op == nullptr) continue;
-    const uint64_t in = payload(op->net.desc);
-    const uint64_t ghosts =
-        std::min(ghost_in_, session_.max_in - std::min<uint64_t>(session_.max_in, wire::kMaxOpBytes));
-    if (in_ + ghosts + in <= session_.max_in) return others_.pop();
+    const bool numbered = op->session == session_.number || !wire::mutates(wire::Op{op->net.desc.op});
+    if (!numbered && next_seq_ - first_seq_ >= session_.max_ops) continue;
+    if (in_ + cancelled_in_ + payload(op->net.desc) <= session_.max_in) return others_.pop();
   }
   return nullptr;
 }
@@ -137,6 +136,7 @@ RemoteOp* Peer::next_op() {
 bool Peer::send_batch(uint64_t now) {
   if (!waiting()) return false;
   Connection* c = session_.valid ? pick() : nullptr;
+  count_cancelled();
   uint32_t n = 0;
   uint64_t bytes = 0;
   while (c != nullptr && n < session_.limits.max_batch && bytes < kBatchBytes) {
@@ -147,7 +147,7 @@ bool Peer::send_batch(uint64_t now) {
     send(op, c, now);
   }
   // Who can send nothing for another reason than the window must not keep it from others.
-  if (gets_.empty() || c == nullptr || ops_ + ghost_ops_ >= session_.max_ops) window_->leave(this);
+  if (gets_.empty() || c == nullptr || ops_ + cancelled_ops_ >= session_.max_ops) window_->leave(this);
   return n != 0;
 }
 
@@ -160,6 +160,7 @@ void Peer::send(RemoteOp* op, Connection* c, uint64_t now) {
     op->again = op->sent;
     op->session = session_.number;
     n.desc.seq = next_seq_++;
+    settled_[n.desc.seq % settled_.size()] = false;
   }
   n.result = 0;
   n.answered = n.cancelled = false;
@@ -177,6 +178,25 @@ void Peer::send(RemoteOp* op, Connection* c, uint64_t now) {
   if (wire::has_in(what)) in_ += bytes;
   c->touched = true;
   c->channel->submit(&n);
+}
+
+void Peer::settle(RemoteOp* op) {
+  if (op->session == 0 || op->session != session_.number) return;
+  settled_[op->net.desc.seq % settled_.size()] = true;
+  while (first_seq_ < next_seq_ && settled_[first_seq_ % settled_.size()]) ++first_seq_;
+  op->session = 0;
+}
+
+void Peer::count_cancelled() {
+  cancelled_ops_ = 0;
+  cancelled_in_ = 0;
+  for (const auto& r : rails_) {
+    for (const auto& c : r->connections) {
+      if (c->ending) continue;
+      cancelled_ops_ += c->channel->ops_inflight() - c->ops;
+      cancelled_in_ += c->channel->bytes_inflight() - c->bytes;
+    }
+  }
 }
 
 void Peer::flush(uint32_t map_version) {
@@ -205,10 +225,6 @@ void Peer::net_done(NetOp* n) {
   if (n->answered) {
     c->rail->works();
     c->proven = true;
-  } else if (n->result != -EBADMSG) {
-    ++self->ghost_ops_;
-    if (wire::has_in(wire::Op{n->desc.op})) self->ghost_in_ += bytes;
-    self->ghosts_until_ns_ = self->now_ + kGhostNs;
   }
   if (c->ending || c->channel->error() != 0) self->attention_ = true;
   op->conn = nullptr;
@@ -269,7 +285,6 @@ void Peer::end_session() {
 uint64_t Peer::step(uint64_t now) {
   now_ = now;
   attention_ = false;
-  if (now >= ghosts_until_ns_) ghost_ops_ = 0, ghost_in_ = 0;
   uint64_t at = kNever;
   for (size_t i = 0; i < rails_.size(); ++i) at = std::min(at, step_connections(rails_[i].get(), now));
   std::erase_if(rails_,
@@ -404,13 +419,12 @@ void Peer::took_session(Dial* d) {
   session_.valid = true;
   ++session_.number;
   std::memcpy(session_.id, h.session, sizeof session_.id);
-  session_.max_ops = h.max_ops;
+  session_.max_ops = std::min(h.max_ops, kMaxSessionOps);
   session_.max_in = h.max_in;
   session_.limits.max_batch = std::min(h.max_batch, wire::kMaxBatch);
   session_.limits.features = h.features & wire::kFeatures;
-  next_seq_ = 1;
-  ghost_ops_ = 0;
-  ghost_in_ = 0;
+  next_seq_ = first_seq_ = 1;
+  settled_.assign(session_.max_ops, true);
 }
 
 void Peer::add_connection(Rail* r, Dial* d, uint64_t now) {

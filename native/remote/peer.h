@@ -50,6 +50,7 @@ class Peer {
   void queue_again(RemoteOp* op);  // it was sent once: before all others
   void unqueue(RemoteOp* op);
   RemoteOp* unqueue_any();
+  void settle(RemoteOp* op);  // it has ended, or goes elsewhere: what number it had is free
   bool waiting() const { return !gets_.empty() || !others_.empty(); }
   // Hands a batch to a connection. False: nothing can be sent now.
   bool send_batch(uint64_t now);
@@ -95,6 +96,7 @@ class Peer {
   };
   static void net_done(NetOp* n);
   RemoteOp* next_op();
+  void count_cancelled();
   Connection* pick();
   void sort_connections();
   void send(RemoteOp* op, Connection* c, uint64_t now);
@@ -121,13 +123,16 @@ class Peer {
   Session session_;
   bool booted_ = false;
   uint8_t boot_[16] = {};  // of the last session
-  uint64_t next_seq_ = 1;
-  uint32_t ops_ = 0;  // in flight, all connections
-  uint64_t in_ = 0;   // bytes towards the server of these
-  // Operations that came back without an answer: the server may count them still.
-  uint32_t ghost_ops_ = 0;
-  uint64_t ghost_in_ = 0, ghosts_until_ns_ = 0;
-  OpQueue gets_, others_;  // with payload to us, and the rest
+  uint32_t ops_ = 0;       // in flight, all connections
+  uint64_t in_ = 0;        // bytes towards the server of these
+  // Of cancelled operations, which are no longer ours but which the server has yet to answer; counted with each batch.
+  uint32_t cancelled_ops_ = 0;
+  uint64_t cancelled_in_ = 0;
+  // Numbers of changes: the server remembers the answers to as many of the last ones as it lets be unanswered, so a new one
+  // is given only while the first that is not settled is among these.
+  uint64_t next_seq_ = 1, first_seq_ = 1;
+  std::vector<bool> settled_;  // by number, modulo its size
+  OpQueue gets_, others_;      // with payload to us, and the rest
   bool gets_next_ = false;
   bool attention_ = true;
   bool closing_ = false;

@@ -290,6 +290,7 @@ void RemoteStore::finish(RemoteOp* op, int64_t result) {
     op->peer->pending -= d.len;
     op->peer->written += d.len;
   }
+  if (op->peer != nullptr) op->peer->settle(op);
   if (op->in_turn) leave_turn(op);
   Request* r = op->req;
   FanOut* all = op->all;

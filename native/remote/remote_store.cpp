@@ -141,9 +141,12 @@ Peer* RemoteStore::peer_of(const wire::Desc& d) const { return peers_[map_.targe
 void RemoteStore::place(RemoteOp* op, Peer* p, bool first) {
   const uint64_t in = wire::has_in(wire::Op{op->net.desc.op}) ? op->net.desc.len : 0;
   if (op->peer != p) {
-    if (op->peer != nullptr) op->peer->pending -= in;
+    if (op->peer != nullptr) {
+      op->peer->pending -= in;
+      op->peer->settle(op);
+      op->session = 0;  // a number is its peer's
+    }
     p->pending += in;
-    op->session = 0;  // its seq is another peer's
   }
   op->map_version = map_.version;
   if (first) {
@@ -180,7 +183,7 @@ void RemoteStore::came_back(RemoteOp* op) {
   if (damaged) {
     ++counters_.checksum_errors;
     if (++op->damaged > kMaxDamaged) return finish(op, -EIO);
-    if (n.answered) op->session = 0;  // the server did not execute it, and remembers that by its seq
+    if (n.answered) op->peer->settle(op);  // the server did not execute it, and may remember that by its number
   }
   resend(op);
 }
