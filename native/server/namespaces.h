@@ -60,9 +60,15 @@ class Upcalls {
   Upcalls& operator=(const Upcalls&) = delete;
 
   int fd() const { return fd_; }
-  // The question's id (> 0), or -EAGAIN.
+  // There are no namespaces but those known already: questions about them are answered here.
+  void set_names_known() {
+    std::lock_guard<std::mutex> g(mu_);
+    names_known_ = true;
+  }
+  // The question's id (> 0), -EAGAIN, or -ENOENT.
   int64_t ask(uint32_t uid, const char* tenant, const char* name) {
     std::lock_guard<std::mutex> g(mu_);
+    if (names_known_) return -ENOENT;
     if (namespaces_ >= kMaxUpcalls) return -EAGAIN;
     ++namespaces_;
     kvfs_upcall u{};
@@ -108,6 +114,7 @@ class Upcalls {
   std::mutex mu_;
   int fd_;
   size_t namespaces_ = 0;
+  bool names_known_ = false;
   uint64_t last_id_ = 0;
   std::deque<kvfs_upcall> q_;
 };
