@@ -1,7 +1,9 @@
 // op.h owns one operation of the remote store from its arrival to its end, and the lists it stands in meanwhile.
 #pragma once
 
+#include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../store/check.h"
@@ -113,21 +115,24 @@ class OpPool {
 };
 
 // Bytes that all servers together may be sending to us: who reads from many servers at once would otherwise be sent more
-// than its link takes. Who found no room is next, so that a large read is not overtaken for ever.
+// than its link takes. Who finds no room stands in line, so that nobody, and no large read, is overtaken for ever.
 class Window {
  public:
+  struct Place {
+    bool in_line = false;
+  };
   explicit Window(uint64_t limit) : limit_(limit) {}
-  bool take(const void* who, uint64_t n) {
-    if ((waiter_ != nullptr && waiter_ != who) || (used_ != 0 && used_ + n > limit_)) {
-      if (waiter_ == nullptr) waiter_ = who;
-      return false;
+  bool take(Place* who, uint64_t n) {
+    if ((line_.empty() || line_.front() == who) && (used_ == 0 || used_ + n <= limit_)) {
+      leave(who);
+      used_ += n;
+      return true;
     }
-    waiter_ = nullptr;
-    used_ += n;
-    return true;
+    if (!std::exchange(who->in_line, true)) line_.push_back(who);
+    return false;
   }
-  void leave(const void* who) {
-    if (waiter_ == who) waiter_ = nullptr;
+  void leave(Place* who) {
+    if (std::exchange(who->in_line, false)) std::erase(line_, who);
   }
   void give(uint64_t n) {
     KVFS_CHECK(n <= used_);
@@ -137,7 +142,7 @@ class Window {
 
  private:
   uint64_t limit_, used_ = 0;
-  const void* waiter_ = nullptr;
+  std::deque<Place*> line_;
 };
 
 }  // namespace kvfs

@@ -105,7 +105,7 @@ void Peer::queue_again(RemoteOp* op) {
 
 void Peer::unqueue(RemoteOp* op) {
   (is_get(op) ? gets_ : others_).erase(op);
-  if (gets_.empty()) window_->leave(this);
+  if (gets_.empty()) window_->leave(&place_);
 }
 
 RemoteOp* Peer::unqueue_any() {
@@ -121,7 +121,7 @@ RemoteOp* Peer::next_op() {
     gets_next_ = !gets_next_;
     if (gets_next_) {
       RemoteOp* op = gets_.front();
-      if (op != nullptr && window_->take(this, op->net.desc.len)) return gets_.pop();
+      if (op != nullptr && window_->take(&place_, op->net.desc.len)) return gets_.pop();
       continue;
     }
     RemoteOp* op = others_.front();
@@ -147,7 +147,7 @@ bool Peer::send_batch(uint64_t now) {
     send(op, c, now);
   }
   // Who can send nothing for another reason than the window must not keep it from others.
-  if (gets_.empty() || c == nullptr || ops_ + cancelled_ops_ >= session_.max_ops) window_->leave(this);
+  if (gets_.empty() || c == nullptr || ops_ + cancelled_ops_ >= session_.max_ops) window_->leave(&place_);
   return n != 0;
 }
 

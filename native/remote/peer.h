@@ -114,6 +114,7 @@ class Peer {
   PeerHost* host_;
   Network* network_;
   Window* window_;
+  Window::Place place_;
   std::mt19937_64* random_;
   PeerOptions opt_;
   wire::MapTarget target_;

@@ -183,7 +183,6 @@ void RemoteStore::came_back(RemoteOp* op) {
   if (damaged) {
     ++counters_.checksum_errors;
     if (++op->damaged > kMaxDamaged) return finish(op, -EIO);
-    if (n.answered) op->peer->settle(op);  // the server did not execute it, and may remember that by its number
   }
   resend(op);
 }

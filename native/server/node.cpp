@@ -46,12 +46,14 @@ void kvfs_node::run() {
   std::unique_ptr<UringDevice> dev;
   std::unique_ptr<Store> st;
   Status s = Uring::create(UringOptions{}, &uring);
-  if (s.err == 0) {
+  if (s.err == 0 && remote) {
+    s = remote->open(uring.get(), &namespaces, &st);
+  } else if (s.err == 0) {
     DeviceOptions d;
     d.read_only = store_opt.read_only;
     s = UringDevice::open(*uring, data_path, d, &dev);
+    if (s.err == 0) s = Store::open(*dev, store_opt, &st);
   }
-  if (s.err == 0) s = Store::open(*dev, store_opt, &st);
   if (s.err != 0) return opened.set(s);
   Status end;
   {
@@ -93,9 +95,17 @@ int kvfs_node_format(const char* path, uint64_t size, uint32_t segment_bytes, ui
 
 int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, size_t err_len) {
   *out = nullptr;
-  if (cfg == nullptr || cfg->data_path == nullptr) return fail({EINVAL, "no data path given"}, err, err_len);
+  if (cfg == nullptr || (cfg->data_path == nullptr) == (cfg->remote == nullptr))
+    return fail({EINVAL, "no data path given, or chunk servers too"}, err, err_len);
   auto n = std::make_unique<kvfs_node>();
-  n->data_path = cfg->data_path;
+  if (cfg->remote != nullptr) {
+    n->remote = std::make_unique<RemoteNode>();
+    const Status s = n->remote->take(*cfg->remote);
+    if (s.err != 0) return fail(s, err, err_len);
+    n->upcalls.set_names_known();  // by the map
+  } else {
+    n->data_path = cfg->data_path;
+  }
   n->store_opt.memory_bytes = cfg->memory_bytes;
   if (cfg->dirty_bytes != 0) n->dirty_bytes = cfg->dirty_bytes;
   n->pin_cpu = cfg->pin_cpu;

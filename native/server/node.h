@@ -23,6 +23,7 @@
 #include "fuse_channel.h"
 #include "namespaces.h"
 #include "reactor.h"
+#include "remote_node.h"
 
 namespace kvfs {
 
@@ -97,6 +98,7 @@ struct SharedFd {
 
 struct kvfs_node {
   std::string data_path;
+  std::unique_ptr<kvfs::RemoteNode> remote;  // null: the chunks are in data_path
   kvfs::StoreOptions store_opt;
   uint64_t dirty_bytes = kvfs::kDirtyBytes;
   uint32_t pin_cpu = 0;  // 1 + the CPU of the reactor; 0: any
