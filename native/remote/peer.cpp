@@ -126,8 +126,8 @@ RemoteOp* Peer::next_op() {
     }
     RemoteOp* op = others_.front();
     if (op == nullptr) continue;
-    const bool numbered = op->session == session_.number || !wire::mutates(wire::Op{op->net.desc.op});
-    if (!numbered && next_seq_ - first_seq_ >= session_.max_ops) continue;
+    const bool changes = wire::mutates(wire::Op{op->net.desc.op});
+    if (changes && !numbered(op) && next_seq_ - first_seq_ >= session_.max_ops) continue;
     if (in_ + cancelled_in_ + payload(op->net.desc) <= session_.max_in) return others_.pop();
   }
   return nullptr;
@@ -181,7 +181,7 @@ void Peer::send(RemoteOp* op, Connection* c, uint64_t now) {
 }
 
 void Peer::settle(RemoteOp* op) {
-  if (op->session == 0 || op->session != session_.number) return;
+  if (!numbered(op)) return;
   settled_[op->net.desc.seq % settled_.size()] = true;
   while (first_seq_ < next_seq_ && settled_[first_seq_ % settled_.size()]) ++first_seq_;
   op->session = 0;

@@ -51,6 +51,7 @@ class Peer {
   void unqueue(RemoteOp* op);
   RemoteOp* unqueue_any();
   void settle(RemoteOp* op);  // it has ended, or goes elsewhere: what number it had is free
+  bool numbered(const RemoteOp* op) const { return op->session != 0 && op->session == session_.number; }
   bool waiting() const { return !gets_.empty() || !others_.empty(); }
   // Hands a batch to a connection. False: nothing can be sent now.
   bool send_batch(uint64_t now);

@@ -138,7 +138,10 @@ uint64_t RemoteStore::deadline_ns() const {
 
 Peer* RemoteStore::peer_of(const wire::Desc& d) const { return peers_[map_.target_of(wire::key_of(d))].get(); }
 
+// Those with a number of the peer's session must not stand behind others, which may have to wait until theirs is settled.
 void RemoteStore::place(RemoteOp* op, Peer* p, bool first) {
+  if (op->peer != p) first = false;
+  if (op->peer == p && p->numbered(op)) first = true;
   const uint64_t in = wire::has_in(wire::Op{op->net.desc.op}) ? op->net.desc.len : 0;
   if (op->peer != p) {
     if (op->peer != nullptr) {

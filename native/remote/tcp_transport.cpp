@@ -77,7 +77,8 @@ void TcpTransport::dial(Dial* d, const wire::Hello& hello, const std::vector<uin
     return;
   }
   d->reply = {};
-  d->err = client_handshake(s->fd, hello, capability.data(), uint32_t(capability.size()), &d->reply, &d->map, deadline_ns);
+  d->err =
+      client_handshake(s->fd, hello, capability.data(), uint32_t(capability.size()), &d->reply, &d->map, deadline_ns);
   d->answered = d->err == 0 || (d->reply.magic == wire::kReplyMagic && d->reply.err == d->err);
   if (d->err == 0) d->link = std::move(s);
 }

@@ -140,7 +140,8 @@ int kvfs_fetch_map(const char* url, const void* capability, size_t capability_by
     d.err = wire::parse_map(d.map.data(), d.map.size(), &map);
     if (d.err != 0) return fail(d.err, std::string(url) + ": the answer is no cluster map");
   }
-  if (d.err == -EACCES && d.answered) return fail(d.err, std::string(url) + ": the server refuses this client's capability");
+  if (d.err == -EACCES && d.answered)
+    return fail(d.err, std::string(url) + ": the server refuses this client's capability");
   if (d.err != 0) return fail(d.err, std::string(url) + ": " + strerror(-d.err));
   if (d.map.size() > max) return fail(-EMSGSIZE, "the map has " + std::to_string(d.map.size()) + " bytes");
   memcpy(out, d.map.data(), d.map.size());
