@@ -14,6 +14,7 @@ HELPERS = r"""
 #include <time.h>
 
 #include "ffi/kvfs_net.h"
+#include "ffi/kvfs_remote.h"
 
 /* Memory for direct I/O; NULL when there is none. */
 static void* kvfs_py_alloc(size_t bytes) { return aligned_alloc(4096, (bytes + 4095) & ~(size_t)4095); }
@@ -66,7 +67,7 @@ int kvfs_py_submit(kvfs_node* n, uint8_t opcode, uint8_t flags, uint32_t handle,
 
 def main() -> None:
     ffi = FFI()
-    ffi.cdef(declarations("include/kvfs_ring.h", "ffi/kvfs_node.h", "ffi/kvfs_net.h") + CDEF)
+    ffi.cdef(declarations("include/kvfs_ring.h", "ffi/kvfs_node.h", "ffi/kvfs_net.h", "ffi/kvfs_remote.h") + CDEF)
     ffi.set_source("kvfs._node", HELPERS)
     ffi.emit_c_code(sys.argv[1])
 
