@@ -1,5 +1,5 @@
 """`kvfs bench`: this machine's figures, beside fio's; `kvfs bench posix`: the mount's, beside another file system's;
-`kvfs bench usrbio`: those of a program written for 3FS."""
+`kvfs bench usrbio`: those of a program written for 3FS; `kvfs bench net`: those of a chunk server."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ POSIX_EXAMPLES = (
 USRBIO_EXAMPLES = (
     "Examples:  kvfs bench usrbio --engine ./hf3fs_usrbio.so   |   kvfs bench usrbio --engine ENGINE --fio ./fio --json"
 )
+NET_EXAMPLES = "Examples:  kvfs bench net   |   kvfs bench net --mooncake ./mooncake-venv/bin/python --json"
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE = 3, 1.0, 1 << 30
 QUICK_POSIX_ROUNDS, QUICK_FILE, QUICK_FILES = 2, 256 << 20, 10_000
 WIDTH = 150  # where the output goes to a file; narrower terminals break lines
@@ -197,6 +198,40 @@ def usrbio(
     try:
         with _listener(verbose) as listener:
             report = bench_usrbio(_beside(directory), plan, engine=engine, program=fio, listen=listener)
+    except BenchError as e:
+        fail(str(e))
+    _deliver(report, _print, json=json, strict=strict)
+
+
+@app.command("net", epilog=NET_EXAMPLES)
+def net(
+    directory: Directory = None,
+    mooncake: Annotated[
+        Path | None,
+        typer.Option(
+            "--mooncake",
+            help="A Python with mooncake-transfer-engine-non-cuda and numpy, to compare with Mooncake Store.",
+        ),
+    ] = None,
+    rounds: Rounds = None,
+    seconds: Seconds = None,
+    quick: Annotated[bool, typer.Option("--quick", help="3 rounds of 1 s.")] = False,
+    verbose: Verbose = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> None:
+    """Measure a chunk server over loopback TCP: small and large blocks from memory, small ones from disk.
+
+    Beside it, in turn: Mooncake Store (with --mooncake), iperf3 with messages of 1 MiB, and the same store over its own ring.
+    Server, client and peers are processes of their own, started and ended here."""
+    from kvfs_tools.bench.net import NetPlan, bench_net
+    from kvfs_tools.bench.programs import BenchError
+
+    default = NetPlan(QUICK_ROUNDS, QUICK_SECONDS) if quick else NetPlan()
+    plan = NetPlan(rounds=rounds or default.rounds, seconds=seconds or default.seconds)
+    try:
+        with _listener(verbose) as listener:
+            report = bench_net(_beside(directory), plan, mooncake=mooncake, listen=listener)
     except BenchError as e:
         fail(str(e))
     _deliver(report, _print, json=json, strict=strict)

@@ -1,0 +1,399 @@
+"""`kvfs bench net`: blocks of a chunk server over loopback TCP, beside Mooncake Store, a plain sender, and the local ring.
+
+One chunk server process and one client process, as two machines would have. Rounds alternate; a figure is the median of the rounds,
+a ratio the median of the rounds' ratios. Owns the processes it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+import msgspec
+
+from kvfs_tools.bench.measure import KB4, MB1, Listener
+from kvfs_tools.bench.programs import SLACK_S, BenchError, output
+from kvfs_tools.bench.report import Report, Row, Target, summarise
+from kvfs_tools.bench.scratch import machine, scratch_directory
+
+BATCH, BIG_BATCH = 64, 16
+START_S = 60.0
+STOP_S = 30.0
+NAMESPACE: Final = "bench/net"
+
+
+@dataclass(frozen=True, slots=True)
+class NetPlan:
+    rounds: int = 5
+    seconds: float = 2.0
+    memory: int = 1 << 30
+    hot: int = 64 << 20  # bytes of 4 KiB blocks in memory, and as many of 1 MiB
+    cold: int = 512 << 20  # bytes of 4 KiB blocks that are read from disk
+
+    @property
+    def store(self) -> int:
+        return 2 * (2 * self.hot + self.cold) + (512 << 20)
+
+
+class Result(msgspec.Struct, frozen=True):
+    """A worker's line."""
+
+    ops: int
+    seconds: float
+    cpu_s: float
+
+    @property
+    def per_s(self) -> float:
+        return self.ops / self.seconds
+
+
+class _IperfSum(msgspec.Struct, frozen=True):
+    bits_per_second: float
+
+
+class _IperfEnd(msgspec.Struct, frozen=True):
+    sum_received: _IperfSum
+
+
+class _Iperf(msgspec.Struct, frozen=True):
+    end: _IperfEnd
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def _process(command: list[str], log: Path, *, piped: bool = False) -> Generator[subprocess.Popen[bytes]]:
+    """Ended with the block. Its standard input and output are pipes, or nothing; what it complains of goes to `log`."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("KVFS_")}
+    channel = subprocess.PIPE if piped else subprocess.DEVNULL
+    with open(log, "ab") as errors:
+        try:
+            process = subprocess.Popen(
+                command, stdin=channel, stdout=channel, stderr=errors, env=environ, start_new_session=True
+            )
+        except OSError as e:
+            raise BenchError(f"{command[0]} cannot be started: {e.strerror}") from e
+    try:
+        yield process
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _await(what: str, process: subprocess.Popen[bytes], log: Path, answers: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_S
+    while not answers():
+        if process.poll() is not None or time.monotonic() > end:
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise BenchError(f"{what} did not start: {said[-1][:300] if said else 'it said nothing'}")
+        time.sleep(0.05)
+
+
+class ChunkServer:
+    """A chunk server of one device; `memory` may change between two runs of it."""
+
+    def __init__(self, root: Path, size: int) -> None:
+        self.root = root
+        self.port, self.admin = free_port(), free_port()
+        self.socket = root / "ring.sock"
+        self.size = size
+        self.cluster = root / "cluster.toml"
+        tenant, name = NAMESPACE.split("/")
+        self.cluster.write_text(
+            f"[cluster]\nversion = 1\nslots = 4096\n\n[[target]]\nid = 1\nnumber = 0\n"
+            f'endpoints = ["tcp://127.0.0.1:{self.port}"]\n\n'
+            f'[[namespace]]\nid = 1\ntenant = "{tenant}"\nname = "{name}"\nclass = "durable"\n'
+        )
+
+    @property
+    def url(self) -> str:
+        return f"kvfs://127.0.0.1:{self.port}"
+
+    @contextlib.contextmanager
+    def running(self, memory: int) -> Generator[int]:
+        config = self.root / "chunk.toml"
+        config.write_text(
+            f'cluster = "{self.cluster}"\nlisten = ["tcp://127.0.0.1:{self.port}"]\nadmin = "127.0.0.1:{self.admin}"\n\n'
+            f'[[device]]\npath = "{self.root / "store.kvfs"}"\nsize = {self.size}\nmemory = {memory}\nsocket = "{self.socket}"\n'
+        )
+        log = self.root / "server.log"
+        command = [sys.executable, "-m", "kvfs", "serve", "chunk", "--config", str(config)]
+        with _process(command, log) as process:
+            _await("the chunk server", process, log, self._ready)
+            yield process.pid
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/readyz", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Client processes of ours. `remote`: over TCP; else over the server's own ring."""
+
+    server: ChunkServer
+    say: Callable[[str], None]
+
+    def run(
+        self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
+    ):
+        where = self.server.url if remote else str(self.server.socket)
+        command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", where, NAMESPACE, op]
+        command += ["--size", str(size), "--count", str(count), "--batch", str(batch)]
+        command += ["--seconds", f"{seconds:g}", "--seed", str(seed)]
+        self.say(" ".join(command))
+        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S), type=Result)
+
+
+class Mooncake:
+    """Mooncake's master, one process that holds the memory, and one client process."""
+
+    def __init__(self, client: subprocess.Popen[bytes]) -> None:
+        self.client = client
+
+    def ask(self, op: str, size: int, count: int, *, batch: int = 1, seconds: float = 0.0, seed: int = 0) -> Result:
+        line = {"op": op, "size": size, "count": count, "batch": batch, "seconds": seconds, "seed": seed}
+        return msgspec.json.decode(self._exchange(msgspec.json.encode(line) + b"\n"), type=Result)
+
+    def _exchange(self, line: bytes) -> bytes:
+        to, back = self.client.stdin, self.client.stdout
+        assert to is not None
+        assert back is not None
+        to.write(line)
+        to.flush()
+        return _line(back)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def running(python: Path, root: Path) -> Generator[Mooncake]:
+        port, log = free_port(), root / "mooncake.log"
+        worker = [str(python), str(Path(__file__).with_name("mooncake_worker.py")), str(port)]
+        master = [str(python.with_name("mooncake_master")), "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
+        master += [f"--metrics_port={free_port()}", "--enable_metric_reporting=false"]
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(_process(master, log))
+            _await("Mooncake's master", first, log, lambda: _listens(port))
+            holder = stack.enter_context(_process([*worker, "server"], log, piped=True))
+            client = stack.enter_context(_process([*worker, "client"], log, piped=True))
+            for process in (holder, client):
+                assert process.stdout is not None
+                if _line(process.stdout).strip() != b"ready":
+                    raise BenchError(f"Mooncake did not start; {log} says why")
+            yield Mooncake(client)
+
+
+def _line(pipe: IO[bytes]) -> bytes:
+    line = pipe.readline()
+    if not line:
+        raise BenchError("Mooncake's worker ended")
+    return line
+
+
+def _listens(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _bound(port: int) -> bool:
+    """Somebody listens on the port; asking by a connection would be taken for the client."""
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
+    return any(len(row) > 3 and row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+def plain(root: Path, seconds: float, say: Callable[[str], None]) -> float:
+    """Bytes a second of iperf3: one connection, messages of 1 MiB, sender and receiver on this machine."""
+    program = shutil.which("iperf3")
+    if program is None:
+        raise BenchError("iperf3 is not installed: apt-get install iperf3")
+    port, log = free_port(), root / "iperf3.log"
+    with _process([program, "-s", "-p", str(port), "-1"], log) as s:
+        _await("iperf3", s, log, lambda: _bound(port))
+        command = [program, "-c", "127.0.0.1", "-p", str(port), "-l", "1M", "-t", f"{max(1, round(seconds))}", "-J"]
+        say(" ".join(command))
+        return msgspec.json.decode(output(command, seconds + SLACK_S), type=_Iperf).end.sum_received.bits_per_second / 8
+
+
+@dataclass(slots=True)
+class _Bench:
+    plan: NetPlan
+    workers: Workers
+    root: Path
+    mooncake: Mooncake | None
+    listen: Listener
+    server: int = 0  # its process
+
+    def get(self, size: int, count: int, batch: int, seed: int, *, remote: bool = True) -> Result:
+        return self.workers.run("get", size, count, batch=batch, seconds=self.plan.seconds, seed=seed, remote=remote)
+
+    def with_server(self, size: int, count: int, batch: int, seed: int) -> float:
+        """CPU seconds per get, of client and server."""
+        before = cpu_seconds(self.server)
+        found = self.get(size, count, batch, seed)
+        return (cpu_seconds(self.server) - before + found.cpu_s) / found.ops
+
+    def peer(self, size: int, count: int, batch: int, seed: int) -> float | None:
+        if self.mooncake is None:
+            return None
+        return self.mooncake.ask("get", size, count, batch=batch, seconds=self.plan.seconds, seed=seed).per_s
+
+
+def in_turn(number: int, takes: dict[str, Callable[[], float | None]]) -> dict[str, float | None]:
+    """Each once; who comes first changes with the round's number."""
+    order = list(takes)
+    first = number % len(order)
+    return {name: takes[name]() for name in order[first:] + order[:first]}
+
+
+Pairs = list[tuple[float, float | None]]
+
+
+def _memory_round(b: _Bench, number: int, small: int, big: int) -> dict[str, float | None]:
+    def of_bytes(per_s: float | None) -> float | None:
+        return per_s * MB1 / 1e6 if per_s is not None else None
+
+    found = in_turn(
+        number,
+        {
+            "small": lambda: b.get(KB4, small, BATCH, number).per_s,
+            "peer small": lambda: b.peer(KB4, small, BATCH, number),
+        },
+    )
+    found |= in_turn(
+        number,
+        {
+            "big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number).per_s),
+            "peer big": lambda: of_bytes(b.peer(MB1, big, BIG_BATCH, number)),
+            "plain": lambda: plain(b.root, b.plan.seconds, b.listen.command) / 1e6,
+        },
+    )
+    return found | in_turn(
+        number,
+        {
+            "cpu": lambda: b.with_server(KB4, small, BATCH, number) * 1e6,
+            "cpu of one": lambda: b.with_server(KB4, small, 1, number) * 1e6,
+        },
+    )
+
+
+def _from_memory(b: _Bench) -> list[Row]:
+    plan = b.plan
+    small, big = plan.hot // KB4, plan.hot // MB1
+    b.listen.step("putting the blocks that stay in memory")
+    for size, count in ((KB4, small), (MB1, big)):
+        b.workers.run("put", size, count, batch=BATCH)
+        for seed in range(3):  # large blocks are kept at the second read
+            b.workers.run("get", size, count, batch=BATCH, seed=seed)
+        if b.mooncake is not None:
+            b.mooncake.ask("put", size, count)
+    rounds: list[dict[str, float | None]] = []
+    for number in range(plan.rounds):
+        b.listen.step(f"round {number + 1} of {plan.rounds}: from memory")
+        rounds.append(_memory_round(b, number, small, big))
+
+    def pairs(mine: str, other: str) -> Pairs:
+        return [(found[mine] or 0.0, found[other]) for found in rounds]
+
+    what = f"1 MiB gets from memory over TCP loopback, batches of {BIG_BATCH}"
+    return [
+        summarise(
+            "net-4k",
+            f"4 KiB random gets from memory over TCP loopback, batches of {BATCH}",
+            "gets/s",
+            "Mooncake Store, batch_get_into",
+            Target(3.0),
+            pairs("small", "peer small"),
+        ),
+        summarise("net-1m", what, "MB/s", "iperf3, messages of 1 MiB", Target(0.85), pairs("big", "plain")),
+        summarise("net-1m-mooncake", "the same", "MB/s", "Mooncake Store", Target(1.2), pairs("big", "peer big")),
+        summarise(
+            "net-cpu",
+            f"CPU of client and server per 4 KiB get, batches of {BATCH}",
+            "us",
+            "one at a time",
+            Target(0.4, at_most=True),
+            pairs("cpu", "cpu of one"),
+        ),
+    ]
+
+
+def _disk_round(b: _Bench, number: int, count: int) -> dict[str, float | None]:
+    return in_turn(
+        number,
+        {
+            "remote": lambda: b.get(KB4, count, BATCH, number).per_s,
+            "local": lambda: b.get(KB4, count, BATCH, number, remote=False).per_s,
+        },
+    )
+
+
+def _from_disk(b: _Bench) -> Row:
+    plan = b.plan
+    count = plan.cold // KB4
+    b.listen.step("putting the blocks that are read from disk")
+    b.workers.run("put", KB4, count, batch=BATCH)
+    pairs: Pairs = []
+    for number in range(plan.rounds):
+        b.listen.step(f"round {number + 1} of {plan.rounds}: from disk")
+        found = _disk_round(b, number, count)
+        pairs.append((found["remote"] or 0.0, found["local"]))
+    what = f"4 KiB random gets from disk over TCP loopback, batches of {BATCH}"
+    return summarise("net-disk", what, "gets/s", "the same store over its own ring", Target(0.7), pairs)
+
+
+def bench_net(beside: Path, plan: NetPlan, *, mooncake: Path | None = None, listen: Listener | None = None) -> Report:
+    """Runs everything in a scratch directory in `beside`. `mooncake`: a Python that has Mooncake. BenchError if it cannot."""
+    listen = listen or Listener()
+    where = machine("")
+    listen.begin(2 + 2 * plan.rounds)
+    with scratch_directory(beside, plan.store + (256 << 20)) as root, contextlib.ExitStack() as stack:
+        server = ChunkServer(root, plan.store)
+        peer = stack.enter_context(Mooncake.running(mooncake, root)) if mooncake is not None else None
+        b = _Bench(plan, Workers(server, listen.command), root, peer, listen)
+        with server.running(plan.memory) as b.server:
+            rows = _from_memory(b)
+        with server.running(0) as b.server:
+            rows.append(_from_disk(b))
+    spent = statistics.median(mine for mine, _ in next(row for row in rows if row.name == "net-cpu").rounds)
+    notes = [
+        f"One chunk server with one device, one client process; {plan.hot >> 20} MiB of blocks in memory, {plan.cold >> 20} MiB on disk.",
+        f"End-to-end checksums on; {spent:.1f} us of CPU per 4 KiB get in batches, both sides.",
+        "A ratio is the median of the rounds' ratios; contenders run in turn, in changing order.",
+    ]
+    return Report(where, plan.rounds, plan.seconds, plan.store, rows, notes)
