@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -58,6 +58,22 @@ class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Reads and writes go past Python; false: pyfuse3 serves everything."""
 
 
+class RemoteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[remote]: the volume whose data is on chunk servers; without `url` all data is in `dir`."""
+
+    url: str = ""
+    """kvfs://HOST:PORT,HOST:PORT/TENANT/VOLUME"""
+    token: Path | None = None
+    transport: Literal["auto", "tcp", "rdma"] = "auto"
+    connections: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    """To each target, over each of its rails."""
+    deadline: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 30.0
+    """Seconds until an operation that no server has answered fails with ETIMEDOUT."""
+    data_sums: bool = True
+    rails: str = ""
+    """Comma-separated patterns of RDMA devices; empty: all that are active."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[log]: how much is logged, and how it is written."""
 
@@ -79,6 +95,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mount: Path | None = None
     store: StoreConfig = StoreConfig()
     fuse: FuseConfig = FuseConfig()
+    remote: RemoteConfig = RemoteConfig()
     log: LogConfig = LogConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -91,6 +108,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "store": StoreConfig,
     "fuse": FuseConfig,
+    "remote": RemoteConfig,
     "log": LogConfig,
     "metrics": MetricsConfig,
 }
@@ -103,7 +121,8 @@ def default_directory(environ: Mapping[str, str]) -> Path:
     return Path(base) / "kvfs"
 
 
-def _hook(kind: type, value: object) -> object:
+def hook(kind: type, value: object) -> object:
+    """msgspec's dec_hook for Size and Path."""
     if kind is Size:
         return Size.parse(value)
     if kind is Path:
@@ -113,19 +132,28 @@ def _hook(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {str(error) or type(error).__name__}") from error
+
+
 def _known_keys(section: str) -> list[str]:
     if section:
         return list(SECTIONS[section].__struct_fields__)
     return [*TOP_LEVEL, *SECTIONS]
 
 
-def _explain(error: msgspec.ValidationError) -> str:
-    """msgspec's message as `store.size: ...`, with the nearest known key for a misspelt one."""
+def explain(error: msgspec.ValidationError, known_keys: Callable[[str], Sequence[str]]) -> str:
+    """msgspec's message as `store.size: ...`, with the nearest of the place's known keys for a misspelt one."""
     message, _, where = str(error).partition(" - at `$")
     place = where.rstrip("`").lstrip(".")
     unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL)
     if unknown is not None:
-        known = _known_keys(place)
+        known = known_keys(place)
         close = difflib.get_close_matches(unknown[1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
         key = f"{place}.{unknown[1]}" if place else unknown[1]
@@ -156,9 +184,9 @@ def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _convert(settings: Mapping[str, Any], source: str, *, strict: bool) -> Config:
     try:
-        return msgspec.convert(settings, Config, strict=strict, dec_hook=_hook)
+        return msgspec.convert(settings, Config, strict=strict, dec_hook=hook)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
+        raise ConfigError(f"{source}: {explain(error, _known_keys)}") from error
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, **overrides: str | None) -> Config:
@@ -169,12 +197,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None, **o
     environ = os.environ if environ is None else environ
     settings: dict[str, Any] = {}
     if path is not None:
-        try:
-            settings = tomllib.loads(path.read_bytes().decode())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {str(error) or type(error).__name__}") from error
+        settings = read_toml(path)
         _convert(settings, str(path), strict=True)
     options = {f"KVFS_{name.upper()}": value for name, value in overrides.items() if value is not None}
     for source, variables in (("environment", environ), ("command line", options)):
