@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,10 +20,27 @@ JOURNAL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """`data` is a block device or a file. 0 stands for the native default, where there is one."""
+class RemoteConfig:
+    """Chunks on chunk servers, for NodeConfig: `cluster` is a cluster map, `capability` proves this client's rights."""
 
-    data: Path
+    cluster: bytes
+    capability: bytes = b""
+    file_namespace: int = 0
+    """Where file chunks are; 0: there are none, files are refused."""
+    transport: int = 0
+    """lib's numbers: 0 any, RDMA first; 1 TCP; 2 RDMA."""
+    connections: int = 0
+    deadline_ms: int = 0
+    data_sums: bool = True
+    rails: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """`data` is a block device or a file; None, and `remote` set: the chunks are on chunk servers. 0 stands for the native
+    default, where there is one."""
+
+    data: Path | None
     socket: Path | None = None
     memory_bytes: int = 0
     dirty_bytes: int = 0
@@ -34,6 +52,9 @@ class NodeConfig:
     mount_dev: int = 0
     high_watermark: float = 0.0
     low_watermark: float = 0.0
+    remote: RemoteConfig | None = None
+    cpu: int | None = None
+    """Where the reactor runs; None: anywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +78,25 @@ class FileQuestions:
     """The kernel has ended the mount of fuse_start."""
 
 
+@dataclass(frozen=True, slots=True)
+class RailStats:
+    """One way to one target; `speed` in Mbit/s, 0 when not known; `transport` 1 TCP, 2 RDMA."""
+
+    target: int
+    rail: int
+    name: str
+    transport: int
+    connections: int
+    up: int
+    speed: int
+    bytes_in: int
+    bytes_out: int
+    ops: int
+    failures: int
+    reconnects: int
+    inflight_bytes: int
+
+
 # Called for a namespace that a client opens and the node does not know: (tenant, name, the client's uid).
 # None: there is none. An OSError is passed on to the client.
 Resolver = Callable[[str, str, int], Awaitable[Namespace | None]]
@@ -67,12 +107,64 @@ def _raise(result: int, err: Any) -> None:
         raise OSError(-result, ffi.string(err).decode(errors="replace"))
 
 
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+
+
 def format_store(
     data: Path, size: int, *, segment_bytes: int = SEGMENT_BYTES, journal_bytes: int = JOURNAL_BYTES
 ) -> None:
     """Makes an empty store; whatever `data` held is lost. A file is made, or grown, to `size` bytes."""
     err = ffi.new("char[]", ERR_BYTES)
     _raise(lib.kvfs_node_format(bytes(data), size, segment_bytes, journal_bytes, err, ERR_BYTES), err)
+
+
+def make_store(path: Path, size: int) -> None:
+    """An empty store of `size` bytes in a new file, which is there whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    try:
+        format_store(new, size, segment_bytes=segment_bytes(size), journal_bytes=journal_bytes(size))
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    new.rename(path)
+
+
+def segment_bytes(size: int) -> int:
+    """Of a store of this size: the smallest power of two that makes at most 1024 segments, from 1 to 16 MiB."""
+    segment = 1 << 20
+    while segment < 16 << 20 and size // segment > 1024:
+        segment *= 2
+    return segment
+
+
+def journal_bytes(size: int) -> int:
+    return min(max(size // 64, 4 << 20), 64 << 20)
+
+
+def _remote(config: RemoteConfig, keep: list[Any]) -> Any:
+    cluster = ffi.new("char[]", config.cluster)
+    capability = ffi.new("char[]", config.capability) if config.capability else ffi.NULL
+    rails = ffi.new("char[]", config.rails.encode()) if config.rails else ffi.NULL
+    native = ffi.new(
+        "struct kvfs_remote_config*",
+        {
+            "map": cluster,
+            "map_bytes": len(config.cluster),
+            "capability": capability,
+            "capability_bytes": len(config.capability),
+            "file_ns": config.file_namespace,
+            "transport": config.transport,
+            "connections": config.connections,
+            "deadline_ms": config.deadline_ms,
+            "data_sums": config.data_sums,
+            "rails": rails,
+        },
+    )
+    keep += [cluster, capability, rails, native]
+    return native
 
 
 class Node:
@@ -85,7 +177,9 @@ class Node:
     def start(cls, config: NodeConfig) -> Node:
         """Opens the store (recovering it if it was not closed) and serves the socket. May take seconds."""
         err = ffi.new("char[]", ERR_BYTES)
-        data = ffi.new("char[]", bytes(config.data))
+        data = ffi.NULL if config.data is None else ffi.new("char[]", bytes(config.data))
+        keep: list[Any] = []  # what `remote` points to
+        remote = ffi.NULL if config.remote is None else _remote(config.remote, keep)
         socket = ffi.NULL if config.socket is None else ffi.new("char[]", bytes(config.socket))
         native = ffi.new(
             "struct kvfs_node_config*",
@@ -102,10 +196,13 @@ class Node:
                 "mount_dev": config.mount_dev,
                 "high_watermark": config.high_watermark,
                 "low_watermark": config.low_watermark,
+                "remote": remote,
+                "pin_cpu": 0 if config.cpu is None else config.cpu + 1,
             },
         )
         out = ffi.new("kvfs_node**")
         _raise(lib.kvfs_node_start(native, out, err, ERR_BYTES), err)
+        keep.clear()
         return cls(out[0])
 
     def stop(self) -> None:
@@ -124,6 +221,26 @@ class Node:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(node.stop)
+
+    def stats(self) -> dict[str, int]:
+        """Waits for the reactor's turn: not from trio's thread."""
+        out = ffi.new("struct kvfs_node_stats*")
+        _check(lib.kvfs_node_stats(self.handle, out), "statistics of the node")
+        return {name: getattr(out, name) for name, _ in ffi.typeof("struct kvfs_node_stats").fields}
+
+    def rails(self) -> list[RailStats]:
+        """The connections to chunk servers, of a node with `remote`."""
+        room = 64
+        while True:
+            out = ffi.new("struct kvfs_rail_stats[]", room)
+            count: int = lib.kvfs_node_rails(self.handle, out, room)
+            _check(count, "rails of the node")
+            if count <= room:
+                break
+            room = count
+        names = [name for name, _ in ffi.typeof("struct kvfs_rail_stats").fields]
+        rows = [{n: getattr(out[i], n) for n in names} for i in range(count)]
+        return [RailStats(**{**row, "name": ffi.string(row["name"]).decode(errors="replace")}) for row in rows]
 
     def put_namespace(self, tenant: str, name: str, namespace: Namespace) -> None:
         uid = lib.KVFS_ANY_UID if namespace.uid is None else namespace.uid
