@@ -21,9 +21,12 @@ from typing import Final
 import msgspec
 import trio
 
+from kvfs.cluster import remote, volume
+from kvfs.cluster.map import Class
 from kvfs.config import Config
 from kvfs.dataplane import DataPlane
 from kvfs.meta import namespaces, schema
+from kvfs.meta.errors import FsError
 from kvfs.meta.group import GroupStore
 from kvfs.meta.kv import Store, StoreError
 from kvfs.meta.sqlite import SqliteStore
@@ -31,7 +34,7 @@ from kvfs.meta.tree import Tree
 from kvfs.mount import service
 from kvfs.mount.blocks import Info
 from kvfs.mount.files import OpenFiles
-from kvfs.node import FileQuestions, Namespace, Node, NodeConfig, format_store
+from kvfs.node import FileQuestions, Namespace, Node, NodeConfig, RailStats, make_store
 from kvfs_usrbio.locate import mount_source
 
 REQUEST_MAX: Final = 4096  # bytes of an admin request
@@ -83,6 +86,10 @@ class StatusReport(msgspec.Struct, frozen=True):
     pid: int
     namespaces: list[str]
     stats: dict[str, int]
+    remote: str = ""
+    """URL of the volume, if its data is on chunk servers."""
+    rails: list[RailStats] = []
+    """The ways to these."""
 
 
 class AdminRequest(msgspec.Struct, frozen=True):
@@ -132,31 +139,27 @@ def _format_if_new(layout: Layout, config: Config) -> None:
         raise DaemonError(
             f"{layout.store} is missing but {layout.metadata} is there: this is no complete data directory"
         )
-    # Under another name first: an interrupted first start must not leave half a store.
-    new = layout.store.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    segment = 1 << 20
-    while segment < 16 << 20 and config.store.size // segment > 1024:
-        segment *= 2
-    journal = min(max(config.store.size // 64, 4 << 20), 64 << 20)
     try:
-        format_store(new, config.store.size, segment_bytes=segment, journal_bytes=journal)
+        make_store(layout.store, config.store.size)
     except OSError as e:
-        new.unlink(missing_ok=True)
         raise DaemonError(f"a store of {config.store.size} bytes cannot be made in {layout.root}: {e.strerror}") from e
-    new.rename(layout.store)
 
 
 class Daemon:
-    """One running node with its metadata and mount."""
+    """One running node with its metadata and mount. `reached`: the cluster that has its data."""
 
-    def __init__(self, layout: Layout, config: Config, node: Node, store: Store) -> None:
+    def __init__(
+        self, layout: Layout, config: Config, node: Node, store: Store, reached: remote.Reached | None = None
+    ) -> None:
         self.layout = layout
         self.config = config
         self.node = node
         self.store = store
         self.stop = trio.Event()
         self.mounted = trio.Event()
+        self.reached = reached
+        if reached is not None:
+            self._mirror(reached)
         for known in namespaces.list_all(store):
             self._publish(known.tenant, known.name, known.namespace)
 
@@ -165,14 +168,24 @@ class Daemon:
         self.node.put_namespace(tenant, name, made)
         return made
 
+    def _mirror(self, reached: remote.Reached) -> None:
+        """The namespaces are the cluster's; what the metadata knows of them is for the view of blocks."""
+        classes = {Class.CACHE: schema.NamespaceClass.CACHE, Class.DURABLE: schema.NamespaceClass.DURABLE}
+        namespaces.mirror(self.store, [(n.tenant, n.name, n.id, classes[n.cls]) for n in reached.blocks()])
+
     def make_namespace(self, tenant: str, name: str) -> schema.Namespace:
-        """Namespaces come into being when they are first opened, as caches."""
-        found = namespaces.get(self.store, tenant, name) or namespaces.create(self.store, tenant, name)
+        """Namespaces come into being when they are first opened, as caches; those of a cluster do not."""
+        found = namespaces.get(self.store, tenant, name)
+        if found is None and self.reached is not None:
+            raise FsError(errno.EPERM, f"{tenant}/{name}: namespaces of a cluster are made in its cluster file")
+        found = found or namespaces.create(self.store, tenant, name)
         self._publish(tenant, name, found)
         return found
 
-    async def _resolve(self, tenant: str, name: str, uid: int) -> Namespace:
+    async def _resolve(self, tenant: str, name: str, uid: int) -> Namespace | None:
         del uid  # whom the socket admits may open any namespace until tenants have rights
+        if self.reached is not None:
+            return None  # the node knows those of the map
         return self._publish(tenant, name, self.make_namespace(tenant, name))
 
     def status(self, data: DataPlane) -> StatusReport:
@@ -183,6 +196,8 @@ class Daemon:
             pid=os.getpid(),
             namespaces=[f"{n.tenant}/{n.name}" for n in namespaces.list_all(self.store)],
             stats=data.stats(),
+            remote=self.config.remote.url,
+            rails=[] if self.reached is None else self.node.rails(),
         )
 
     async def run(self, *, started: trio.Event) -> None:
@@ -195,6 +210,8 @@ class Daemon:
             started.set()
 
         async with DataPlane.open(self.node) as data, trio.open_nursery() as nursery:
+            if self.reached is not None:
+                await volume.claim(self.layout.root, self.reached.namespace, self.store, data)
             direct = self.node if self.config.fuse.native else None
             files = OpenFiles(tree, data, direct)
 
@@ -236,6 +253,8 @@ class Daemon:
                     nursery.start_soon(self._answer, client, limit, data)
 
     def _create(self, request: AdminRequest) -> AdminAnswer:
+        if self.reached is not None:
+            return AdminAnswer(error="namespaces of a cluster are made in its cluster file: kvfs cluster add-namespace")
         cls = schema.NamespaceClass.DURABLE if request.durable else schema.NamespaceClass.CACHE
         try:
             made = namespaces.create(self.store, request.tenant, request.name, cls, exist_ok=False)
@@ -283,18 +302,60 @@ async def _released(layout: Layout) -> None:
     raise DaemonError(f"{layout.store} is in use by another process")
 
 
+def _reach(config: Config) -> remote.Reached:
+    return remote.reach(config.remote.url, config.remote.token)
+
+
+async def _remote_node(layout: Layout, config: Config) -> tuple[NodeConfig, remote.Reached]:
+    """For a volume whose data is on chunk servers; the directory is the volume's afterwards."""
+    try:
+        reached = await trio.to_thread.run_sync(_reach, config)
+    except OSError as e:
+        raise DaemonError(e.strerror or str(e)) from e
+    except ValueError as e:
+        raise DaemonError(str(e)) from e
+    if reached.namespace.cls is not Class.VOLUME:
+        raise DaemonError(
+            f"{reached.url}: {reached.namespace} is a namespace of blocks ({reached.namespace.cls}), no volume"
+        )
+    volume.attach(layout.root, reached.namespace, others=[layout.store, layout.metadata])
+    settings = config.remote
+    native = reached.config(
+        transport=settings.transport,
+        connections=settings.connections,
+        deadline=settings.deadline,
+        data_sums=settings.data_sums,
+        rails=settings.rails,
+    )
+    return NodeConfig(data=None, socket=layout.socket, remote=native), reached
+
+
+async def _local_node(layout: Layout, config: Config) -> NodeConfig:
+    note = volume.read_note(layout.root)
+    if note is not None:
+        raise DaemonError(
+            f"{layout.root} holds the names of volume {note.tenant}/{note.name}: mount it with "
+            f"`kvfs mount kvfs://HOST:PORT/{note.tenant}/{note.name} DIR --dir {layout.root}`"
+        )
+    await trio.to_thread.run_sync(_format_if_new, layout, config)
+    await _released(layout)
+    return NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
+
+
 @asynccontextmanager
 async def _opened(config: Config) -> AsyncGenerator[Daemon]:
     layout = _prepare(config)
     with _exclusive(layout):
-        await trio.to_thread.run_sync(_format_if_new, layout, config)
+        reached: remote.Reached | None = None
+        if config.remote.url:
+            native, reached = await _remote_node(layout, config)
+        else:
+            native = await _local_node(layout, config)
         layout.socket.unlink(missing_ok=True)
-        native = NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
-        await _released(layout)
         async with Node.open(native) as node:
             store = GroupStore(SqliteStore(layout.metadata))
             try:
-                yield Daemon(layout, config, node, store)
+                yield Daemon(layout, config, node, store, reached)
             finally:
                 store.close()
     for left in (layout.socket, layout.admin):
@@ -308,7 +369,7 @@ async def main(config: Config, started: trio.Event) -> None:
             nursery.start_soon(_signals, daemon.stop)
             await daemon.run(started=started)
             nursery.cancel_scope.cancel()
-    except* (service.MountError, StoreError) as group:
+    except* (service.MountError, StoreError, volume.VolumeError) as group:
         raise DaemonError(str(_leaves(group)[0]).rstrip(".")) from None
     except* OSError as group:
         first = next(e for e in _leaves(group) if isinstance(e, OSError))

@@ -5,7 +5,23 @@ from typing import Annotated
 import typer
 
 from kvfs import __version__
-from kvfs.cli import bench, blocks, config, doctor, fsck, ls, mount, namespace, node, replay, usrbio
+from kvfs.cli import (
+    bench,
+    blocks,
+    cluster,
+    config,
+    doctor,
+    fsck,
+    ls,
+    mount,
+    namespace,
+    node,
+    rails,
+    replay,
+    serve,
+    token,
+    usrbio,
+)
 
 app = typer.Typer(
     name="kvfs",
@@ -30,6 +46,10 @@ app.command("stat", epilog=blocks.STAT_EXAMPLES)(blocks.stat)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.add_typer(bench.app, name="bench")
 app.command("rm", epilog=blocks.RM_EXAMPLES)(blocks.rm)
+app.add_typer(serve.app, name="serve")
+app.add_typer(cluster.app, name="cluster")
+app.add_typer(token.app, name="token")
+app.command("rails", epilog=rails.EXAMPLES)(rails.rails)
 app.command("usrbio", epilog=usrbio.EXAMPLES)(usrbio.usrbio)
 
 

@@ -121,11 +121,17 @@ def run_daemon(config: Config) -> None:
 
 
 def run_detached(config: Config) -> None:
-    """Starts `kvfs up` in a session of its own and waits until it answers or ends."""
+    """Starts `kvfs up` or `mount` in a session of its own and waits until it answers or ends."""
     layout = daemon.Layout(config.dir)
     layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    command = [sys.executable, "-m", "kvfs", "up", "--dir", str(config.dir), "--mount", str(config.mount_point)]
-    command += ["--size", str(int(config.store.size)), "--memory", str(int(config.store.memory))]
+    command = [sys.executable, "-m", "kvfs"]
+    if config.remote.url:
+        command += ["mount", config.remote.url, str(config.mount_point), "--dir", str(config.dir)]
+        command += [] if config.remote.token is None else ["--token", str(config.remote.token)]
+    else:
+        command += ["up", "--dir", str(config.dir), "--mount", str(config.mount_point)]
+        command += ["--size", str(int(config.store.size))]
+    command += ["--memory", str(int(config.store.memory))]
     with open(layout.log, "ab") as log:
         offset = log.tell()
         child = subprocess.Popen(
@@ -196,6 +202,9 @@ def status(
     report, s = answer.status, answer.status.stats
     typer.echo(f"directory   {report.directory} (pid {report.pid})")
     typer.echo(f"mount       {report.mount or '(not mounted)'}")
+    if report.remote:
+        up = sum(1 for rail in report.rails if rail.up)
+        typer.echo(f"volume      {report.remote} ({up} of {len(report.rails)} ways up)")
     typer.echo(f"namespaces  {', '.join(report.namespaces) or '(none)'}")
     typer.echo(
         f"blocks      {s['block_chunks']}, file chunks {s['file_chunks']}, {s['data_bytes'] / 1e6:.1f} MB of data"

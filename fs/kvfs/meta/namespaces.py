@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,32 @@ def create(
     done = run(store, body)
     store.flush()  # an id must not be given again when its blocks outlive a crash
     return done
+
+
+def mirror(store: Store, wanted: Sequence[tuple[str, str, int, NamespaceClass]]) -> None:
+    """Exactly these, with ids that somebody else has given: (tenant, name, id, class)."""
+    records = {schema.namespace_key(tenant, name): (number, cls) for tenant, name, number, cls in wanted}
+    if len(records) > MAX_NAMESPACES:
+        raise FsError(errno.ENOSPC, f"more than {MAX_NAMESPACES} namespaces")
+
+    def body(txn: Txn) -> None:
+        right: set[bytes] = set()
+        for key, value in txn.range(b"N", prefix_end(b"N"), MAX_NAMESPACES):
+            known = schema.decode_namespace(value)
+            if key not in records:
+                txn.delete(key)
+            elif records[key] == (known.id, known.cls):
+                right.add(key)
+        for key, (number, cls) in records.items():
+            if key in right:
+                continue
+            txn.put(key, schema.encode(Namespace(number, cls, time.time_ns())))
+        counter = txn.get(schema.NAMESPACE_ID_KEY)
+        next_id = max([FIRST_ID, *(number + 1 for _, _, number, _ in wanted)])
+        if counter is None or schema.unpack_u64(counter) < next_id:
+            txn.put(schema.NAMESPACE_ID_KEY, schema.pack_u64(next_id))
+
+    run(store, body)
 
 
 def get(store: Store, tenant: str, name: str) -> Namespace | None:
