@@ -23,13 +23,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kvfs_usrbio import jobs
+from kvfs_usrbio import jobs, remote
 from kvfs_usrbio._native import ffi, lib
 from kvfs_usrbio.aio import Maker
 from kvfs_usrbio.client import Buffer, check
 from kvfs_usrbio.files import File
 from kvfs_usrbio.memory import Data
 from kvfs_usrbio.queue import Operation, Queue
+from kvfs_usrbio.remote import InProcess
 from kvfs_usrbio.session import RING_ENTRIES, Session
 
 MISS: Final = -errno.ENOENT
@@ -50,9 +51,10 @@ class ScanEntry:
 class BlockStore:
     """Safe to use from several threads. A forked child opens its own store: this one's calls raise ForkError there."""
 
-    def __init__(self, session: Session, namespace: int) -> None:
+    def __init__(self, session: Session, namespace: int, node: InProcess | None = None) -> None:
         self._session: Session | None = session
         self._namespace = namespace
+        self._node = node
 
     @classmethod
     def open(
@@ -63,10 +65,27 @@ class BlockStore:
         read_only: bool = False,
         ring_entries: int = RING_ENTRIES,
         timeout: float | None = 30.0,
+        token: str | os.PathLike[str] | bytes | None = None,
     ) -> BlockStore:
         """`where`: a mount point, the daemon's socket, its data directory, or kvfs:///any of them. `namespace`:
         "tenant/name", or a name of the tenant "default". `timeout`: seconds per call; None waits as long as the daemon
-        lives."""
+        lives.
+
+        Or `where`: kvfs://HOST:PORT,HOST:PORT/TENANT/NAMESPACE, any of a cluster's chunk servers; this process talks to them
+        itself. `token`: the file of what gives the right to it, or the line in it."""
+        if remote.is_remote(where):
+            if namespace != "default":
+                raise ValueError(f"{os.fspath(where)} names the namespace already")
+            node = remote.start(os.fspath(where), token, timeout)
+            try:
+                session = Session(node.socket, ring_entries, timeout)
+                handle = session.client.open_namespace(node.tenant, node.name, read_only=read_only)
+            except BaseException:
+                node.stop()
+                raise
+            return cls(session, handle, node)
+        if token is not None:
+            raise ValueError("a token is for kvfs://HOST:PORT/TENANT/NAMESPACE")
         tenant, slash, name = namespace.partition("/")
         if not slash:
             tenant, name = "default", namespace
@@ -74,8 +93,12 @@ class BlockStore:
         return cls(session, session.client.open_namespace(tenant, name, read_only=read_only))
 
     def close(self) -> None:
-        """Buffers and views of them stay valid; the connection ends with the last of them."""
+        """Buffers and views of them stay valid; the connection ends with the last of them, or with this process's own
+        node."""
         self._session = None
+        node, self._node = self._node, None
+        if node is not None:
+            node.stop()
 
     def __enter__(self) -> BlockStore:
         return self
