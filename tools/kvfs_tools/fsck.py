@@ -1,5 +1,8 @@
 """Checks a stopped data directory and, if told to, mends it: chunk store, metadata, and what one says about the other.
 
+A chunk server's device is a store alone, and a volume's data directory is metadata alone: each is checked for itself. What a
+server's chunks belong to is known elsewhere, so none of them counts as unowned.
+
 Metadata first: what it knows decides which chunks belong to nobody. A repair drops what is proven unsound or unowned and
 nothing else; while the metadata itself is damaged beyond what can be read, no chunk counts as unowned.
 """
@@ -20,6 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from kvfs._node import ffi, lib
+from kvfs.cluster import volume
 from kvfs.daemon import Layout
 from kvfs.meta import fsck as tree
 from kvfs.meta import namespaces, schema
@@ -154,23 +158,42 @@ def _locked(layout: Layout) -> Generator[None]:
 
 
 def fsck(directory: Path, *, data: bool = False, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Checks everything in `directory`; FsckError if that cannot be done at all."""
+    """Checks everything in `directory`, or the store that it is itself; FsckError if that cannot be done at all."""
     layout = Layout(directory.absolute())
-    if not layout.store.exists():
+    if layout.root.is_file() or layout.root.is_block_device():
+        return _store_alone(layout.root, data=data, repair=repair, progress=progress)
+    alone = not layout.store.exists() and (layout.root / volume.NOTE).exists()
+    if not layout.store.exists() and not alone:
         raise FsckError(f"{layout.root} is not a kvfs data directory: there is no {layout.store.name} in it")
-    if not os.access(layout.root, os.W_OK) or not os.access(layout.store, os.W_OK):
+    if not os.access(layout.root, os.W_OK) or not (alone or os.access(layout.store, os.W_OK)):
         raise FsckError(f"{layout.root} is read-only, or not yours: fsck has to lock it")
     report = FsckReport(str(layout.root))
     try:
         with _locked(layout):
             known = _metadata(layout, report, repair)
-            _store(layout, report, known, data=data, repair=repair, progress=progress)
+            if alone:
+                report.orphans_compared = False
+            else:
+                _store(layout.store, layout.metadata, report, known, data=data, repair=repair, progress=progress)
     except FormatError as e:
         raise FsckError(str(e).rstrip(".")) from e
     except OSError as e:
         raise FsckError(f"{layout.root}: {e.strerror or e}") from e
+    return _graded(report)
+
+
+def _graded(report: FsckReport) -> FsckReport:
     report.exit_code = Exit.LEFT if report.left else Exit.CORRECTED if report.found else Exit.CLEAN
     return report
+
+
+def _store_alone(store: Path, *, data: bool, repair: bool, progress: Progress | None) -> FsckReport:
+    """Of a chunk server. The native check holds the device's lock, so no server runs meanwhile."""
+    if not os.access(store, os.W_OK):
+        raise FsckError(f"{store} is read-only, or not yours: fsck has to lock it")
+    report = FsckReport(str(store))
+    _store(store, None, report, _Known(), data=data, repair=repair, progress=progress)
+    return _graded(report)
 
 
 def _add(report: FsckReport, problem: Problem) -> None:
@@ -245,7 +268,7 @@ def _learn(txn: Txn, known: _Known, checked: tree.Checked) -> None:
             known.complete = False
 
 
-def _paths(layout: Layout, wanted: set[int]) -> dict[int, str]:
+def _paths(metadata: Path | None, wanted: set[int]) -> dict[int, str]:
     """A path of each of these inodes; read only when there is something to say about one."""
     up: dict[int, tuple[int, bytes]] = {}
 
@@ -260,9 +283,9 @@ def _paths(layout: Layout, wanted: set[int]) -> dict[int, str]:
                 up.setdefault(entry.ino, (entry.parent, entry.name))
             begin = rows[-1][0] + b"\0"
 
-    if wanted and layout.metadata.exists():
+    if wanted and metadata is not None and metadata.exists():
         try:
-            with SqliteStore(layout.metadata, create=False) as store:
+            with SqliteStore(metadata, create=False) as store:
                 read(store, scan)
         except StoreError:
             up.clear()
@@ -301,10 +324,10 @@ class _Checked:
     """Numbers of kvfs_check_report."""
 
 
-def _native(layout: Layout, known: _Known, *, data: bool, repair: bool, progress: Progress | None) -> _Checked:
+def _native(store: Path, known: _Known, *, data: bool, repair: bool, progress: Progress | None) -> _Checked:
     ids = sorted(known.names)
     files = sorted(known.files.items())
-    data_path = ffi.new("char[]", os.fsencode(layout.store))
+    data_path = ffi.new("char[]", os.fsencode(store))
     ns_ids = ffi.new("uint32_t[]", ids)
     inos = ffi.new("uint64_t[]", [ino for ino, _ in files])
     sizes = ffi.new("uint64_t[]", [size for _, size in files])
@@ -355,19 +378,26 @@ def _native(layout: Layout, known: _Known, *, data: bool, repair: bool, progress
 
 
 def _store(
-    layout: Layout, report: FsckReport, known: _Known, *, data: bool, repair: bool, progress: Progress | None
+    store: Path,
+    metadata: Path | None,
+    report: FsckReport,
+    known: _Known,
+    *,
+    data: bool,
+    repair: bool,
+    progress: Progress | None,
 ) -> None:
     report.orphans_compared = known.complete
     try:
-        done = _native(layout, known, data=data, repair=repair, progress=progress)
+        done = _native(store, known, data=data, repair=repair, progress=progress)
     except OSError as e:
         if e.errno != errno.EUCLEAN:
-            raise FsckError(f"{layout.store}: {e.strerror}") from e
+            raise FsckError(f"{store}: {e.strerror}") from e
         _add(report, Problem(Part.STORE, e.strerror or "damaged", False))
         return
     left = 0
     if done.report.repaired:
-        left = sum(_native(layout, known, data=False, repair=False, progress=None).counts)
+        left = sum(_native(store, known, data=False, repair=False, progress=None).counts)
     mended = bool(done.report.repaired) and left == 0
     if not done.report.closed:
         report.unfinished_chunks = sum(done.counts[kind] for kind in LEFT_BY_A_CRASH)
@@ -378,7 +408,7 @@ def _store(
     report.found += unlisted
     report.left += 0 if mended else unlisted
     inos = {int.from_bytes(f.id[:8], "little") for f in done.findings if f.kind == 2 and f.length}
-    paths = _paths(layout, inos)
+    paths = _paths(metadata, inos)
     for found in done.findings:
         _add(report, _describe(found, known, paths, mended))
     report.closed_properly = bool(done.report.closed)
@@ -406,6 +436,7 @@ def _describe(found: _Found, known: _Known, paths: dict[int, str], mended: bool)
     if found.kind == 2:
         ino, chunk = (int.from_bytes(found.id[i : i + 8], "little") for i in (0, 8))
         begin = chunk * FILE_CHUNK
-        return Problem(Part.STORE, text, mended, path=paths[ino], begin=begin, end=begin + found.length)
+        path = paths[ino] if found.ns == 0 else f"(inode {ino} of volume {found.ns})"
+        return Problem(Part.STORE, text, mended, path=path, begin=begin, end=begin + found.length)
     name = known.names.get(found.ns, f"(namespace {found.ns})")
     return Problem(Part.STORE, text, mended, block=f"{name} {found.id[: min(found.key_len, 32)].hex()}")

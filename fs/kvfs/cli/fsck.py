@@ -11,7 +11,10 @@ from typer.core import TyperCommand
 from kvfs.cli.node import configured
 from kvfs.cli.output import USAGE, fail, print_json
 
-EXAMPLES = "Examples:  kvfs fsck   |   kvfs fsck /data/kvfs --data   |   kvfs fsck /data/kvfs --repair --json"
+EXAMPLES = (
+    "Examples:  kvfs fsck   |   kvfs fsck /data/kvfs --data   |   kvfs fsck /data/kvfs --repair --json   |   "
+    "kvfs fsck /var/lib/kvfs/0.kvfs"
+)
 SHOWN = 50
 
 
@@ -28,12 +31,14 @@ class Command(TyperCommand):
 
 
 def fsck(
-    directory: Annotated[Path | None, typer.Argument(help="Data directory (default: the configured one).")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(help="Data directory (default: the configured one), or a chunk server's device.")
+    ] = None,
     data: Annotated[bool, typer.Option("--data", help="Read every chunk and compare it with its checksums.")] = False,
     repair: Annotated[bool, typer.Option("--repair", help="Mend what is unsound; what is sound stays.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")] = False,
 ) -> None:
-    """Check a stopped kvfs: chunk store, metadata, and chunks that belong to nobody.
+    """Check a stopped kvfs: chunk store, metadata, and chunks that belong to nobody. Of a chunk server the store alone.
 
     Exits 0 if it is clean, 1 if everything found was mended, 4 if something is left, 8 if it cannot be checked
     (running, not a kvfs, another version), 16 on wrong usage."""
@@ -71,7 +76,7 @@ def fsck(
             then = "dropped" if repair else "the next start drops them"
             typer.echo(f"{report.unfinished_chunks} chunks that a crash left without a name or size: {then}")
         if not report.orphans_compared:
-            typer.echo("chunks were not compared with the metadata, which is damaged")
+            typer.echo("chunks were not compared with metadata: it is damaged, or elsewhere")
         if report.found == 0:
             typer.echo("clean")
         elif report.left == 0:
