@@ -117,14 +117,19 @@ def load_map(path: Path) -> ClusterMap:
     return found.map()
 
 
+def _quoted(value: str | list[str]) -> str:
+    """JSON's strings are TOML's, but for pairs of surrogates and a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def dump(file: ClusterFile) -> str:
-    """As TOML. JSON's strings are TOML's, as long as nothing but ASCII is in them."""
+    """As TOML."""
     text = ["[cluster]", f"version = {file.cluster.version}", f"slots = {file.cluster.slots}"]
     for t in file.target:
-        text += ["", "[[target]]", f"id = {t.id}", f"number = {t.number}", f"endpoints = {json.dumps(t.endpoints)}"]
+        text += ["", "[[target]]", f"id = {t.id}", f"number = {t.number}", f"endpoints = {_quoted(t.endpoints)}"]
     for n in file.namespace:
-        text += ["", "[[namespace]]", f"id = {n.id}", f"tenant = {json.dumps(n.tenant)}"]
-        text += [f"name = {json.dumps(n.name)}", f"class = {json.dumps(n.cls.value)}"]
+        text += ["", "[[namespace]]", f"id = {n.id}", f"tenant = {_quoted(n.tenant)}"]
+        text += [f"name = {_quoted(n.name)}", f"class = {_quoted(n.cls.value)}"]
     return "\n".join(text) + "\n"
 
 
@@ -134,7 +139,7 @@ def store(path: Path, file: ClusterFile, *, new: bool = False) -> None:
         raise ConfigError(f"{path} is there already")
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(dump(file))
+        beside.write_text(dump(file), encoding="utf-8")
         os.replace(beside, path)
     except OSError as e:
         beside.unlink(missing_ok=True)
