@@ -86,6 +86,12 @@ int check_hello(const Hello& h, const void* capability) {
 }
 void seal(Hello* h, const void* capability) { h->sum = sum_of(*h, capability, h->capability_len); }
 
+int check_hello(const RdmaHello& h) {
+  if (h.magic != kHelloMagic || h.version == 0 || h.rsv != 0 || h.rsv1 != 0) return -EPROTO;
+  return sum_of(h, nullptr, 0) == h.sum ? 0 : -EBADMSG;
+}
+void seal(RdmaHello* h) { h->sum = sum_of(*h, nullptr, 0); }
+
 int check_reply(const HelloReply& r, const void* map) {
   if (r.magic != kReplyMagic || r.rsv != 0 || r.map_len > kMaxMap || r.err > 0 || r.err < -4095) return -EPROTO;
   if (r.err == 0 && (r.version == 0 || r.version > kVersion)) return -EPROTO;

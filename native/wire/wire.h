@@ -50,6 +50,27 @@ struct Hello {
 };
 static_assert(sizeof(Hello) == 64);
 
+// What a client asks an RDMA listener for: one more connection of a session, as Purpose::Attach. It is the private data of
+// the RDMA CM's request, of which there are 56 bytes; the features are the session's.
+struct RdmaHello {
+  uint32_t magic;
+  uint16_t version;
+  uint16_t rsv;
+  uint8_t session[16];
+  uint8_t client[16];
+  uint32_t target;
+  uint32_t rsv1;
+  uint64_t sum;  // XXH3-64 of this struct with sum = 0
+};
+static_assert(sizeof(RdmaHello) == 56);
+
+// Private data of the acceptance, err = 0, or of the rejection, err as in HelloReply.
+struct RdmaReply {
+  int32_t err;
+  uint32_t rsv;
+};
+static_assert(sizeof(RdmaReply) == 8);
+
 // Server to client; `map_len` bytes follow (Purpose::Map, or the client's map_version is not the server's).
 struct HelloReply {
   uint32_t magic;
@@ -173,6 +194,8 @@ void seal(FrameHeader* h, const void* body);  // sets sum
 
 int check_hello(const Hello& h, const void* capability);  // 0, -EPROTO, -EBADMSG
 void seal(Hello* h, const void* capability);
+int check_hello(const RdmaHello& h);
+void seal(RdmaHello* h);
 int check_reply(const HelloReply& r, const void* map);
 void seal(HelloReply* r, const void* map);
 
