@@ -47,6 +47,7 @@ class Attempt {
   }
 
   int run(std::unique_ptr<RdmaConnection>* out) {
+    if (!dial_.device->port_active(dial_.port)) return -ENETDOWN;
     errno = 0;
     events_ = verbs_.create_event_channel();
     if (events_ == nullptr) return last_error();

@@ -386,7 +386,8 @@ void RdmaConnection::dismantle() {
   timer_ = -1;
   if (uring_ != nullptr) device_.remove(this);
   failing_ = true;
-  if (connected_) verbs_.disconnect(id_);
+  const bool bury = connected_ && uring_ != nullptr && !device_.port_active(port_);
+  if (connected_ && !bury) verbs_.disconnect(id_);
   if (cq_ != nullptr) take_completions(depth_ + RdmaDevice::kSharedReceives);
   if (qp_ != nullptr) verbs_.destroy_qp(qp_);
   qp_ = nullptr;
@@ -400,8 +401,12 @@ void RdmaConnection::dismantle() {
   }
   if (channel_ != nullptr) verbs_.destroy_comp_channel(channel_);
   channel_ = nullptr;
-  verbs_.destroy_id(id_);
-  verbs_.destroy_event_channel(events_);
+  if (bury) {
+    device_.bury(id_, events_);
+  } else {
+    verbs_.destroy_id(id_);
+    verbs_.destroy_event_channel(events_);
+  }
   sends_.close();
   receives_.close();
   if (tail_ != head_) take_sent(tail_ - 1, false);

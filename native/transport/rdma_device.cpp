@@ -115,12 +115,32 @@ int RdmaDevice::repost(const uint32_t* slots, uint32_t n) {
 
 RdmaDevice::~RdmaDevice() {
   KVFS_CHECK(connections_.empty());
+  unearth(-1);
   if (poll_ >= 0) uring_->remove_poll(poll_);
   memory_.reset();
   if (srq_ != nullptr) verbs_.destroy_srq(srq_);
   receives_.close();
   if (pd_ != nullptr) verbs_.dealloc_pd(pd_);
   if (context_ != nullptr) verbs_.close_device(context_);
+}
+
+bool RdmaDevice::port_active(uint8_t port) const {
+  ibv_port_attr attr{};
+  return verbs_.query_port(context_, port, &attr) == 0 && attr.state == IBV_PORT_ACTIVE;
+}
+
+void RdmaDevice::bury(rdma_cm_id* id, rdma_event_channel* events) {
+  if (buried_.size() == kBuried) unearth(-1);
+  buried_.push_back({id, events, id->port_num});
+}
+
+void RdmaDevice::unearth(int port) {
+  std::erase_if(buried_, [&](const Buried& b) {
+    if (port >= 0 && b.port != port) return false;
+    verbs_.destroy_id(b.id);
+    verbs_.destroy_event_channel(b.events);
+    return true;
+  });
 }
 
 int RdmaDevice::attach(Uring& uring) {
@@ -148,6 +168,8 @@ void RdmaDevice::on_event(const ibv_async_event& e) {
       for (RdmaConnection* c : connections_)
         if (c->port() == e.element.port_num) c->fail(-ENETDOWN);
       return;
+    case IBV_EVENT_PORT_ACTIVE:
+      return unearth(e.element.port_num);
     case IBV_EVENT_DEVICE_FATAL:
       dead_ = true;
       for (RdmaConnection* c : connections_) c->fail(-ENODEV);
@@ -171,7 +193,7 @@ void RdmaDevice::on_event(const ibv_async_event& e) {
       for (RdmaConnection* c : connections_)
         if (c->cq() == e.element.cq) c->fail(-EIO);
       return;
-    default:  // a port that is up again, addresses that changed: new connections find out
+    default:  // addresses that changed: new connections find out
       return;
   }
 }

@@ -96,6 +96,12 @@ class RdmaDevice {
   const uint8_t* received(uint32_t slot) const { return receives_.base() + size_t{slot} * kRequestBytes; }
   int repost(const uint32_t* slots, uint32_t n);  // 0 or -errno
 
+  bool port_active(uint8_t port) const;
+  // A connection's end while its port is down: the RDMA CM would say goodbye into nothing, and the management queue pair of
+  // soft-RoCE does not survive that. So the id goes when the port is up again. At most kBuried wait for it.
+  static constexpr size_t kBuried = 256;
+  void bury(rdma_cm_id* id, rdma_event_channel* events);
+
   void add(RdmaConnection* c) { connections_.push_back(c); }
   void remove(RdmaConnection* c) { std::erase(connections_, c); }
 
@@ -106,6 +112,12 @@ class RdmaDevice {
   int open_shared_receives();
   void on_events();
   void on_event(const ibv_async_event& e);
+  struct Buried {
+    rdma_cm_id* id;
+    rdma_event_channel* events;
+    uint8_t port;
+  };
+  void unearth(int port);  // < 0: all
 
   const VerbsTable& verbs_;
   std::string name_;
@@ -120,6 +132,7 @@ class RdmaDevice {
   int poll_ = -1;
   bool dead_ = false;
   std::vector<RdmaConnection*> connections_;
+  std::vector<Buried> buried_;
 };
 
 }  // namespace kvfs

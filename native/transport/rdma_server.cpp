@@ -87,7 +87,7 @@ void RdmaServerChannel::on_received(const uint8_t* message, uint32_t len) {
 }
 
 int RdmaServerChannel::take_request(const wire::FrameHeader& h, const uint8_t* body) {
-  if (h.count > options_.max_batch || ops_ + h.count > options_.max_ops) return -EPROTO;
+  if (h.count > options_.max_batch || unanswered_ + h.count > options_.max_ops) return -EPROTO;
   for (uint32_t i = 0; i < h.count && !finishing_; ++i) {
     auto* op = new ServerOp;
     std::memcpy(&op->desc, body + size_t{i} * sizeof op->desc, sizeof op->desc);
@@ -97,6 +97,7 @@ int RdmaServerChannel::take_request(const wire::FrameHeader& h, const uint8_t* b
     op->map_version = h.map_version;
     priv(op) = {};
     ++ops_;
+    ++unanswered_;
     in_bytes_ += payload_in(op);
     if (in_bytes_ > options_.max_in) {
       drop(op);
@@ -251,6 +252,7 @@ void RdmaServerChannel::send_replies() {
     ++o->count;
     o->bytes += op->out_len;
     o->sent->ops.push(op);
+    settle(op);
     if (o->count == RdmaConnection::kServerResults || o->bytes >= kFrameBytes) close_frame(o);
   }
   while (!open_.empty()) close_frame(&open_.front());
@@ -297,10 +299,17 @@ void RdmaServerChannel::on_sent(void* what, bool ok) {
   free_sent_ = s;
 }
 
+// The client no longer waits for it.
+void RdmaServerChannel::settle(ServerOp* op) {
+  if (std::exchange(priv(op).answered, true)) return;
+  --unanswered_;
+  in_bytes_ -= payload_in(op);
+}
+
 // The channel has no more to do with it.
 void RdmaServerChannel::drop(ServerOp* op) {
   if (priv(op).region != nullptr) connection_->device().memory().release(priv(op).region);
-  in_bytes_ -= payload_in(op);
+  settle(op);
   --ops_;
   if (priv(op).taken || op->buf != nullptr) handler_.released(op);
   delete op;

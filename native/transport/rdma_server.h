@@ -44,8 +44,8 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
  private:
   struct Priv {
     RdmaRegion* region;
-    int err;
     bool taken;
+    bool answered;  // its result is in a frame: the client may ask for more as soon as that arrives
   };
   static_assert(sizeof(Priv) <= sizeof(ServerOp::priv));
   static Priv& priv(ServerOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
@@ -83,6 +83,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   Open* open_for(uint64_t batch);
   void close_frame(Open* o);
   bool control(wire::Type type, uint64_t number);
+  void settle(ServerOp* op);
   void drop(ServerOp* op);
   void finish(int err);
   void drop_replies();
@@ -95,9 +96,10 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   bool started_ = false;
   List waiting_;  // has_in, without a buffer or a read
   List replies_;
-  uint32_t ops_ = 0;       // exist
-  uint64_t in_bytes_ = 0;  // payload towards us of these
-  uint32_t reads_ = 0;     // under way
+  uint32_t ops_ = 0;         // exist
+  uint32_t unanswered_ = 0;  // of these
+  uint64_t in_bytes_ = 0;    // payload towards us of those unanswered
+  uint32_t reads_ = 0;       // under way
   uint32_t frames_out_ = 0;
   bool starved_ = false;  // the handler has no buffer for waiting_.head
   std::vector<Open> open_;
