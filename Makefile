@@ -6,6 +6,7 @@
 #   make format    rewrite what ruff and clang-format can
 #   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE MDTEST=FILE FILEBENCH=FILE name
 #                  installed copies of those that Debian lacks
+#   make test-rdma  RDMA between soft-RoCE devices in a virtual machine (QEMU and a Debian kernel, kept in build/rdma-vm)
 #   make interop   other projects' programs, pinned and as released, on a kvfs mount (INTEROP_CACHE: where they are kept);
 #                  FIO_USRBIO=FILE and HF3FS_USRBIO_TEST=FILE name what the registries lack of 3FS's own
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-native test-python test-posix interop lint format sanitize fuzz demo clean
+.PHONY: help setup test test-native test-python test-posix test-rdma interop lint format sanitize fuzz demo clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -26,8 +27,10 @@ BIN := $(VENV)/bin
 STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
-       fuse3 libfuse3-dev liburing-dev libxxhash-dev libsodium-dev libgtest-dev rsync fio strace
+       fuse3 libfuse3-dev liburing-dev libxxhash-dev libsodium-dev libgtest-dev libibverbs-dev librdmacm-dev \
+       rsync fio strace
 APT_SUITES := perl stress-ng fsmark dbench openmpi-bin util-linux postgresql git
+APT_RDMA := qemu-system-x86 kmod zstd iproute2 util-linux ibverbs-providers perftest python3-pyverbs
 APT_CLANG := clang libclang-rt-dev clang-format llvm
 
 NATIVE := $(shell find native CMakeLists.txt -type f 2>/dev/null)
@@ -64,6 +67,10 @@ $(STAMPS)/apt-suites: Makefile
 	@$(call apt_install,$(APT_SUITES))
 	@mkdir -p $(STAMPS) && touch $@
 
+$(STAMPS)/apt-rdma: Makefile
+	@$(call apt_install,$(APT_RDMA))
+	@mkdir -p $(STAMPS) && touch $@
+
 $(STAMPS)/apt-clang: Makefile
 	@$(call apt_install,$(APT_CLANG))
 	@mkdir -p $(STAMPS) && touch $@
@@ -92,6 +99,11 @@ test-python: setup
 
 test-posix: setup $(STAMPS)/apt-suites
 	$(BIN)/python -m pytest --timeout=900 -rs tests/posix tests/suites $(PYTEST_ARGS)
+
+test-rdma: setup $(STAMPS)/apt-rdma
+	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release >build/native.log || { cat build/native.log; exit 1; }
+	cmake --build build/native -j $(JOBS) --target rdma_test rdma_failure_test rdma_bench
+	$(BIN)/python -m pytest --timeout=300 -rs tests/rdma_vm $(PYTEST_ARGS)
 
 # Their environments are kept in INTEROP_CACHE. The wheel is built as a user would build it.
 interop: setup
