@@ -359,7 +359,7 @@ TEST_F(RdmaFault, CompletionsWithErrorsEndTheChannel) {
       {IBV_WC_RETRY_EXC_ERR, -ETIMEDOUT}, {IBV_WC_RNR_RETRY_EXC_ERR, -ETIMEDOUT},
       {IBV_WC_LOC_PROT_ERR, -EIO},        {IBV_WC_REM_ACCESS_ERR, -EPROTO},
       {IBV_WC_FATAL_ERR, -EIO},           {IBV_WC_GENERAL_ERR, -EIO},
-      {ibv_wc_status(9999), -EIO},        {IBV_WC_REM_OP_ERR, -EREMOTEIO},
+      {ibv_wc_status(31), -EIO},          {IBV_WC_REM_OP_ERR, -EREMOTEIO},
       {IBV_WC_WR_FLUSH_ERR, -ECONNRESET}};
   for (const auto& [status, err] : cases) {
     SCOPED_TRACE(int(status));

@@ -49,5 +49,7 @@ def test_bandwidth_beside_perftest(capsys: pytest.CaptureFixture[str]) -> None:
         print()
         for size in sorted({size for _, size in figures}):
             medians = {what: sorted(values)[len(values) // 2] for (what, s), values in figures.items() if s == size}
-            ratios = " ".join(f"{medians['kvfs'] / medians[peer]:.2f} of {peer}" for peer in ("ib_write_bw", "ib_read_bw"))
+            ratios = " ".join(
+                f"{medians['kvfs'] / medians[peer]:.2f} of {peer}" for peer in ("ib_write_bw", "ib_read_bw")
+            )
             print(f"{size >> 10} KiB gets, depth 16: {medians['kvfs']:.1f} MB/s, {ratios}")

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,11 @@ MODULES = (
     "lib",
     "net",
 )
-GUEST_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin", "HOME": "/root", "KVFS_RDMA_VM": "1"}
+GUEST_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin",
+    "HOME": "/root",
+    "KVFS_RDMA_VM": "1",
+}
 
 
 class Unavailable(Exception):
@@ -167,7 +171,9 @@ def prepare() -> Kernel:
 def hardware_virtualisation() -> bool:
     """Only real support counts: a /dev/kvm that is itself emulated boots no ordinary kernel."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return flags is not None and bool({"vmx", "svm"} & set(flags[1].split())) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    return (
+        flags is not None and bool({"vmx", "svm"} & set(flags[1].split())) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    )
 
 
 def qemu_command(kernel: Kernel, run: Path, memory: str) -> list[str]:
@@ -181,15 +187,25 @@ def qemu_command(kernel: Kernel, run: Path, memory: str) -> list[str]:
     command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35"]
     command += [*machine, "-smp", "2", "-m", memory, "-kernel", str(kernel.image), "-append", append]
     command += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on", "-numa", "node,memdev=memory"]
-    command += ["-chardev", f"socket,id=root,path={run}/root.sock", "-device", "vhost-user-fs-pci,chardev=root,tag=rootfs"]
+    command += [
+        "-chardev",
+        f"socket,id=root,path={run}/root.sock",
+        "-device",
+        "vhost-user-fs-pci,chardev=root,tag=rootfs",
+    ]
     command += ["-serial", f"file:{run}/console", "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
     for name in ("output", "status"):
-        command += ["-chardev", f"file,id={name},path={run}/{name}", "-device", f"virtserialport,chardev={name},name={name}"]
+        command += [
+            "-chardev",
+            f"file,id={name},path={run}/{name}",
+            "-device",
+            f"virtserialport,chardev={name},name={name}",
+        ]
     return command
 
 
 @contextlib.contextmanager
-def process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
     """A program that ends with the block, and with us whatever ends us."""
     with log.open("wb") as sink:
         child = subprocess.Popen(
@@ -219,7 +235,10 @@ def run(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="run-") as temporary, contextlib.ExitStack() as stack:
         here = Path(temporary)
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in {**GUEST_ENVIRONMENT, **(environment or {})}.items()]
+        lines = [
+            f"export {name}={shlex.quote(value)}"
+            for name, value in {**GUEST_ENVIRONMENT, **(environment or {})}.items()
+        ]
         lines += [f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(command)}", ""]
         (here / "command").write_text("\n".join(lines))
         virtiofsd = find_virtiofsd()
@@ -240,8 +259,14 @@ def run(
         console = text(here / "console")
         output = text(here / "output")
         if not status.isdigit():
-            raise Broken(f"no status\nconsole: {console[-3000:]}\nqemu: {text(here / 'qemu.log')}\noutput: {output[-3000:]}")
+            raise Broken(
+                f"no status\nconsole: {console[-3000:]}\nqemu: {text(here / 'qemu.log')}\noutput: {output[-3000:]}"
+            )
         return Outcome(int(status), output, console, time.monotonic() - started)
+
+
+def terminated(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def main() -> int:
@@ -250,7 +275,7 @@ def main() -> int:
     parser.add_argument("--prepare", action="store_true", help="only download the kernel")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, terminated)
     try:
         if options.prepare:
             print(prepare().directory)
