@@ -59,6 +59,8 @@ std::unique_ptr<RdmaConnection> RdmaConnection::open(RdmaDevice& device, rdma_cm
 }
 
 int RdmaConnection::init() {
+  timer_ = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+  if (timer_ < 0) return -errno;
   errno = 0;
   if (const int err = nonblocking(events_->fd); err != 0) return err;
   channel_ = verbs_.create_comp_channel(device_.context());
@@ -138,8 +140,6 @@ int RdmaConnection::to_ready(uint8_t reads_from_peer, uint8_t reads_by_peer) {
 int RdmaConnection::start(Uring& uring, User& user) {
   uring_ = &uring;
   user_ = &user;
-  timer_ = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-  if (timer_ < 0) return -errno;
   const auto completions = [](void* self, uint32_t) { static_cast<RdmaConnection*>(self)->on_completions(); };
   const auto cm = [](void* self, uint32_t) { static_cast<RdmaConnection*>(self)->on_cm_events(); };
   const auto timer = [](void* self, uint32_t) {
@@ -149,12 +149,12 @@ int RdmaConnection::start(Uring& uring, User& user) {
     c->wake_ = UINT64_MAX;
     c->turn();
   };
-  polls_[0] = uring.add_poll(channel_->fd, completions, this);
-  polls_[1] = uring.add_poll(events_->fd, cm, this);
-  polls_[2] = uring.add_poll(timer_, timer, this);
+  device_.add(this);
+  polls_[0] = uring.add_poll(timer_, timer, this);  // first: without the others it can still end
+  polls_[1] = uring.add_poll(channel_->fd, completions, this);
+  polls_[2] = uring.add_poll(events_->fd, cm, this);
   for (const int p : polls_)
     if (p < 0) return p;
-  device_.add(this);
   wake_at(0);  // what came before
   return device_.dead() ? -ENODEV : 0;
 }
