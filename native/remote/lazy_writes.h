@@ -25,7 +25,7 @@ class LazyWrites {
       dirty_.clear();
     }
   }
-  void other() { any_ = ++count_; }
+  void other() { any_ = other_ = ++count_; }
 
   // A flush or sync covers what was acknowledged before it set out.
   uint64_t mark() const { return count_; }
@@ -38,9 +38,15 @@ class LazyWrites {
     std::erase_if(dirty_, [&](const auto& i) { return i.second <= mark; });
     if (all_ && all_at_ <= mark) all_ = false;
     if (any_ <= mark) any_ = 0;
+    if (other_ <= mark) other_ = 0;
   }
 
-  // The target has restarted.
+  // The target's process has restarted: changes of files outlive it, those of blocks may not.
+  void lose_blocks() {
+    if (other_ != 0) lost_any_ = true;
+    other_ = 0;
+  }
+  // The target's machine has.
   void lose() {
     if (any_ != 0) lost_any_ = true;
     if (all_ || lost_.size() + dirty_.size() > kMax) {
@@ -51,7 +57,7 @@ class LazyWrites {
     }
     dirty_.clear();
     all_ = false;
-    any_ = 0;
+    any_ = other_ = 0;
   }
   // Whether a flush of the inode must fail: once. Where it isn't known which inodes they were, each is told once; those that
   // can't be remembered as told, until the next sync.
@@ -70,6 +76,7 @@ class LazyWrites {
  private:
   uint64_t count_ = 0;                            // changes ever
   uint64_t any_ = 0;                              // of the last one, 0: none
+  uint64_t other_ = 0;                            // of the last one that is not a file's
   std::unordered_map<uint64_t, uint64_t> dirty_;  // inode: its last change
   bool all_ = false;
   uint64_t all_at_ = 0;

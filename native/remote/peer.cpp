@@ -413,7 +413,11 @@ void Peer::dialed(Dial* d, uint64_t now) {
 
 void Peer::took_session(Dial* d) {
   const wire::HelloReply& h = d->reply;
-  if (booted_ && std::memcmp(boot_, h.boot, sizeof boot_) != 0) lazy.lose();
+  if (booted_ && std::memcmp(boot_, h.boot, 8) != 0) {
+    lazy.lose();
+  } else if (booted_ && std::memcmp(boot_, h.boot, sizeof boot_) != 0) {
+    lazy.lose_blocks();
+  }
   booted_ = true;
   std::memcpy(boot_, h.boot, sizeof boot_);
   session_.valid = true;

@@ -1,13 +1,17 @@
 // net.cpp owns the C ABI of kvfs_net.h: it puts network servers on the reactors of nodes and a listener before them.
 #include "../ffi/kvfs_net.h"
 
+#include <fcntl.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 
+#include "../store/checksum.h"
 #include "net_listener.h"
 #include "net_server.h"
 #include "node.h"
@@ -36,6 +40,20 @@ Status read_map(const void* map, size_t bytes, std::shared_ptr<const ServedMap>*
   std::sort(cache->begin(), cache->end());
   *out = std::move(served);
   return {};
+}
+
+// The machine's boot, then this run of the server: whoever sees another run of the same boot knows that power was not lost.
+bool name_boot(std::array<uint8_t, 16>* out) {
+  if (getrandom(out->data(), out->size(), 0) != ssize_t(out->size())) return false;
+  char id[64];
+  const int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return true;
+  const ssize_t n = read(fd, id, sizeof id);
+  close(fd);
+  if (n <= 0) return true;
+  const uint64_t machine = xxh3(id, size_t(n));
+  memcpy(out->data(), &machine, sizeof machine);
+  return true;
 }
 
 }  // namespace
@@ -79,8 +97,7 @@ int kvfs_server_start(const kvfs_server_config* cfg, kvfs_server** out, char* er
   if (cfg->max_sessions != 0) opt.max_sessions = cfg->max_sessions;
   if (cfg->keep_ms != 0) opt.keep_ms = cfg->keep_ms;
   opt.features = cfg->data_sums != 0 ? wire::kDataSums : 0;
-  if (getrandom(opt.boot.data(), opt.boot.size(), 0) != ssize_t(opt.boot.size()))
-    return fail({EIO, "no random numbers"}, err, err_len);
+  if (!name_boot(&opt.boot)) return fail({EIO, "no random numbers"}, err, err_len);
 
   auto s = std::make_unique<kvfs_server>();
   s->nodes.assign(cfg->targets, cfg->targets + cfg->target_count);

@@ -246,6 +246,8 @@ void NetServer::submit(NetTask* t, Request::Op op, uint32_t off, uint32_t len) {
   if (op == Request::Op::Put &&
       (t->session->capability.cache(Kind{d.kind}, d.ns) || std::binary_search(cache_.begin(), cache_.end(), d.ns)))
     r.flags |= Request::kEvictable;
+  // Changes of files outlive this process once they are answered: whoever made them may have nothing left to make them again.
+  if (Kind{d.kind} == Kind::File && wire::mutates(Op{d.op})) r.flags |= Request::kLogged;
   r.off = off;
   r.len = len;
   r.mem = {t->buf.ptr, t->buf.fixed};

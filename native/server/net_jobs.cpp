@@ -135,6 +135,7 @@ void NetServer::delete_chunk(NetTask* t, const ChunkKey& key) {
   c->req = Request{};
   c->req.op = Request::Op::Delete;
   c->req.flags = t->op->desc.flags;
+  if (key.kind == Kind::File) c->req.flags |= Request::kLogged;
   c->req.key = key;
   c->req.done = child_done;
   c->req.owner = c;

@@ -26,11 +26,22 @@ void StoreImpl::wait_durable(Request* r, uint64_t seq) {
   flush_wanted_ = true;
 }
 
+// A change that record `seq` tells of is made.
+void StoreImpl::conclude(Request* r, uint64_t seq, int64_t result) {
+  r->result = result;
+  if ((r->flags & Request::kDurable) && seq > flushed_seq_) return wait_durable(r, seq);
+  if ((r->flags & Request::kLogged) && seq > written_seq_) {
+    logged_.push_back({r, seq});
+    return;
+  }
+  complete(r, result);
+}
+
 // A group waits a little for company: for the writes already at the device if somebody waits for a barrier (so that 64
 // puts in flight share one), else for more records. How long is part of the stated bound of lazy operations.
 uint64_t StoreImpl::hold_until() const {
   if (closing_ || open_.size() != 1 || !space_wait_.empty() || ck_ == Ck::Journal) return 0;
-  if (durable_.empty() && !flush_wanted_) return open_since_ + kLazyHoldNs;
+  if (durable_.empty() && logged_.empty() && !flush_wanted_) return open_since_ + kLazyHoldNs;
   return writes_in_flight_ > 0 ? open_since_ + kDurableHoldNs : 0;
 }
 
@@ -78,6 +89,11 @@ void StoreImpl::on_group(Io* io) {
   s->group_busy_ = false;
   if (io->result < 0) return s->fail(-io->result);
   s->written_seq_ = s->group_seq_;
+  while (!s->logged_.empty() && s->logged_.front().seq <= s->written_seq_) {
+    Request* r = s->logged_.front().r;
+    s->logged_.pop_front();
+    s->complete(r, r->result);
+  }
   s->start_flush();  // the barrier goes out first, the next group joins the queue behind it
   s->write_group();
 }
@@ -119,9 +135,8 @@ void StoreImpl::on_flush(Io* io) {
 // The journal can't be trusted to record more: everything that waits for it fails, and so does every later mutation.
 void StoreImpl::fail(int err) {
   failed_ = err;
-  while (!durable_.empty()) {
-    complete(durable_.front().r, -err);
-    durable_.pop_front();
+  for (auto* q : {&durable_, &logged_}) {
+    for (; !q->empty(); q->pop_front()) complete(q->front().r, -err);
   }
   for (Request* r : ck_waiters_) complete(r, -err);
   ck_waiters_.clear();

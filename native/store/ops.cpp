@@ -290,10 +290,7 @@ void StoreImpl::start_put(Request* r) {
     st_.puts_existed++;
     unlock(r->key);
     if (!same) return complete(r, -EEXIST);
-    r->result = 0;
-    // The first put may not be on stable storage yet.
-    if ((r->flags & Request::kDurable) && last_seq() > flushed_seq_) return wait_durable(r, last_seq());
-    return complete(r, 0);
+    return conclude(r, last_seq(), 0);  // the first put may not be on stable storage yet
   }
   WriteOp* op = write_get(r);
   op->total = r->len;
@@ -509,11 +506,7 @@ void StoreImpl::commit_write(WriteOp* op) {
   for (Piece* p : op->pieces) piece_put(p);
   op->pieces.clear();
   retire(op);
-  r->result = r->op == Request::Op::Put ? 1 : r->op == Request::Op::Write ? int64_t{r->len} : 0;
-  if (r->flags & Request::kDurable)
-    wait_durable(r, seq);
-  else
-    complete(r, r->result);
+  conclude(r, seq, r->op == Request::Op::Put ? 1 : r->op == Request::Op::Write ? int64_t{r->len} : 0);
   unlock(r->key);
 }
 
@@ -577,11 +570,7 @@ void StoreImpl::start_delete(Request* r) {
   }
   drop_chunk(id, 0);
   st_.deletes++;
-  r->result = 0;
-  if (r->flags & Request::kDurable)
-    wait_durable(r, last_seq());
-  else
-    complete(r, 0);
+  conclude(r, last_seq(), 0);
   unlock(r->key);
 }
 

@@ -270,8 +270,8 @@ Status StoreImpl::close() {
     tick(static_cast<uint64_t>(ts.tv_sec) * 1000000000u + static_cast<uint64_t>(ts.tv_nsec));
     dev_.poll(!busy() && dev_.inflight() > 0);
   };
-  while (ops_ || !stalled_.empty() || !space_wait_.empty() || !durable_.empty() || ck_ != Ck::Idle || done_head_ ||
-         (!failed_ && (!open_.empty() || group_busy_)))
+  while (ops_ || !stalled_.empty() || !space_wait_.empty() || !durable_.empty() || !logged_.empty() ||
+         ck_ != Ck::Idle || done_head_ || (!failed_ && (!open_.empty() || group_busy_)))
     turn();
   if (failed_) return {failed_, "the store had a write error and was left as after a crash"};
   Status st = checkpoint_now();

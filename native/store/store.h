@@ -63,6 +63,7 @@ struct Request {
   static constexpr uint8_t kDurable = 1;    // complete only when it survives power loss
   static constexpr uint8_t kNoTouch = 2;    // not an access for eviction
   static constexpr uint8_t kEvictable = 4;  // Put: belongs to a cache namespace
+  static constexpr uint8_t kLogged = 8;     // complete only when it survives the end of this process
   Op op = Op::Get;
   uint8_t flags = 0;
   ChunkKey key;

@@ -222,6 +222,7 @@ class StoreImpl final : public Store {
   // commit.cpp
   uint64_t log(const Record* recs, uint32_t n);  // sequence number that makes them durable once flushed
   void wait_durable(Request* r, uint64_t seq);
+  void conclude(Request* r, uint64_t seq, int64_t result);
   uint64_t hold_until() const;
   void write_group();
   static void on_group(Io* io);
@@ -325,6 +326,7 @@ class StoreImpl final : public Store {
     uint64_t seq;
   };
   std::deque<DurableWait> durable_;
+  std::deque<DurableWait> logged_;  // wait for their record to be written
   struct Quarantined {
     uint64_t off, seq, epoch;
   };

@@ -762,6 +762,22 @@ TEST(LazyWrites, MoreInodesThanCanBeRememberedAreAllTold) {
   EXPECT_FALSE(w.wants_flush(1));
 }
 
+TEST(LazyWrites, AProcessThatRestartsLosesBlocksOnly) {
+  LazyWrites w;
+  w.file(1);
+  w.lose_blocks();
+  EXPECT_FALSE(w.tell_sync());
+  EXPECT_FALSE(w.tell_flush(1));
+  EXPECT_TRUE(w.wants_flush(1)) << "it is not durable";
+  w.other();
+  w.lose_blocks();
+  EXPECT_FALSE(w.tell_flush(1));
+  EXPECT_TRUE(w.tell_sync());
+  EXPECT_FALSE(w.tell_sync());
+  w.lose();
+  EXPECT_TRUE(w.tell_flush(1));
+}
+
 TEST(LazyWrites, AFlushCoversWhatWasAcknowledgedBeforeItOnly) {
   LazyWrites w;
   w.file(1);

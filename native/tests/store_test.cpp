@@ -230,6 +230,51 @@ TEST(Store, EveryCrashPointRecoversToWhatWasAcknowledged) {
   }
 }
 
+// Each change is checked at the very moment of its completion, on what the device has then: as after a kill -9.
+TEST(Store, WhatIsLoggedSurvivesTheProcess) {
+  SimOptions so = sim(5);
+  SimDevice dev(so);
+  ASSERT_TRUE(Store::format(dev, kSmall));
+  Harness h(dev);
+  ASSERT_TRUE(h.open());
+  Rng rng(5);
+  std::map<uint64_t, Bytes> model;
+  for (int i = 0; i < 200; i++) {
+    const uint64_t k = rng.below(8);
+    const ChunkKey key = file_key(1, k);
+    const uint64_t what = rng.below(8);
+    if (what == 0) {
+      const int64_t r = h.run(Request::Op::Delete, key, nullptr, 0, 0, Request::kLogged);
+      ASSERT_EQ(r, model.contains(k) ? 0 : -ENOENT);
+      model.erase(k);
+    } else if (what == 1 && model.contains(k)) {
+      const auto n = static_cast<uint32_t>(1 + rng.below(model[k].size()));
+      ASSERT_EQ(h.run(Request::Op::Truncate, key, nullptr, n, 0, Request::kLogged), 0);
+      model[k].resize(n);
+    } else {
+      const Bytes v = pattern(rng.next(), 1 + rng.below(20000));
+      ASSERT_EQ(h.write(key, 0, v, Request::kLogged), static_cast<int64_t>(v.size()));
+      if (model[k].size() < v.size()) model[k].resize(v.size());
+      std::copy(v.begin(), v.end(), model[k].begin());
+    }
+    if (i % 7 != 0) continue;
+    SimDevice killed(so, dev.image());
+    Harness after(killed);
+    ASSERT_TRUE(after.open()) << i;
+    for (uint64_t c = 0; c < 8; c++) {
+      Bytes got;
+      const int64_t r = after.get(file_key(1, c), 0, kFileChunk, &got);
+      if (!model.contains(c)) {
+        ASSERT_EQ(r, -ENOENT) << i;
+      } else {
+        ASSERT_TRUE(r == static_cast<int64_t>(model[c].size()) && got == model[c]) << i << " chunk " << c;
+      }
+    }
+    ASSERT_TRUE(after.store->close());
+  }
+  ASSERT_TRUE(h.store->close());
+}
+
 // An error at every n-th operation: the caller is told, the store never crashes, and what it acknowledged survives a
 // power loss right after, whatever becomes of the writes that no barrier covered.
 TEST(Store, ErrorAtEveryOperation) {

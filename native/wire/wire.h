@@ -81,8 +81,10 @@ struct HelloReply {
   uint32_t map_version;
   uint64_t features;
   uint8_t session[16];  // names the session; random, so that it proves the right to attach
-  uint8_t boot[16];  // of this run of the target: a client that sees another one knows what the last one may have lost
-  uint32_t max_ops;  // descriptors that the session may have unanswered
+  // Eight bytes of the machine's boot, eight of this run of the target. A client that sees another run knows what may be lost:
+  // with the same boot blocks that were not durable, else what of files was not, too.
+  uint8_t boot[16];
+  uint32_t max_ops;    // descriptors that the session may have unanswered
   uint32_t max_batch;  // descriptors of one frame, <= kMaxBatch
   uint64_t max_in;     // bytes of payload towards the server that the session may have unanswered
   uint32_t keep_ms;    // how long a session outlives its last connection
