@@ -1,0 +1,99 @@
+"""Link: a connection to kvfs that comes and goes while its engine goes on.
+
+Nothing here makes a caller wait for kvfs: opening happens in a thread of its own, at growing distances.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Generic, Protocol, TypeVar
+
+from kvfs_usrbio.blocks import BlockStore
+from kvfs_usrbio.queue import Queue
+
+FIRST_PAUSE: Final = 0.1
+LAST_PAUSE: Final = 5.0
+GONE: Final = "the connection to kvfs was given up"
+
+logger = logging.getLogger(__name__)
+
+
+class Connection(Protocol):
+    """What a link's user makes of an opened store."""
+
+    store: BlockStore
+    queue: Queue
+
+
+C = TypeVar("C", bound=Connection)
+
+
+class Link(Generic[C]):
+    """`open` opens and prepares a connection; it may take long and raises OSError, or whatever else, if it cannot."""
+
+    def __init__(self, open: Callable[[], C]) -> None:
+        self._open = open
+        self._lock = threading.Lock()
+        self._current: C | None = None
+        self._opening: threading.Thread | None = None
+        self._pause = FIRST_PAUSE
+        self._not_before = 0.0
+        self._closed = False
+        self.opened = 0  # how often
+        self.lost = 0
+
+    def current(self) -> C | None:
+        """The connection, or None; then one is being opened, or will be after a pause of at most LAST_PAUSE seconds."""
+        with self._lock:
+            idle = self._current is None and self._opening is None and not self._closed
+            if idle and time.monotonic() >= self._not_before:
+                self._opening = threading.Thread(target=self._run, name="kvfs-link", daemon=True)
+                self._opening.start()
+            return self._current
+
+    def wait(self, seconds: float) -> C | None:
+        """As current, after a wait for the first attempt."""
+        self.current()
+        thread = self._opening
+        if thread is not None:
+            thread.join(seconds)
+        return self._current
+
+    def lose(self, connection: C, why: object) -> None:
+        """It is not to be used any more. Operations still under way on it end with an error."""
+        with self._lock:
+            if self._current is not connection:
+                return
+            self._current = None
+            self.lost += 1
+            self._not_before = time.monotonic() + self._pause
+        logger.warning("kvfs is not there (%s): the engine computes everything itself until it is back", why)
+        connection.queue.fail(OSError(GONE))
+        connection.store.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            connection, self._current = self._current, None
+        if connection is not None:
+            connection.store.close()
+
+    def _run(self) -> None:
+        connection: C | None = None
+        try:
+            connection = self._open()
+        except Exception as error:  # whatever it is, the engine goes on without
+            if self._pause == FIRST_PAUSE:
+                logger.warning("no kvfs: %s; it is tried again every %g s", error, LAST_PAUSE)
+        with self._lock:
+            self._opening = None
+            if connection is not None and not self._closed:
+                self._current, self._pause = connection, FIRST_PAUSE
+                self.opened += 1
+                logger.info("connected to kvfs")
+            else:
+                self._not_before = time.monotonic() + self._pause
+                self._pause = min(LAST_PAUSE, self._pause * 2)
