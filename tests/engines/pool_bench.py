@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from environments import Environment, environment
 
 from commands import kvfs, running
+from environments import Environment, environment
 
 HERE = Path(__file__).parent
 BACKENDS = ("hf3fs", "file")

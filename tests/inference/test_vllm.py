@@ -1,0 +1,284 @@
+"""kvfs in vLLM 0.32 on the CPU, as released: whatever happens to kvfs, the greedy output is that of an engine without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from commands import kill_daemon, kvfs
+from environments import Environment, environment
+from kvfs_usrbio import BlockStore
+
+HERE = Path(__file__).parent
+NAMESPACE = "test/vllm"
+BLOCK = 128  # tokens, vLLM's default on the CPU
+PROMPT = 1000
+WHOLE = PROMPT // BLOCK * BLOCK
+TOKENS = 6
+
+pytestmark = pytest.mark.timeout(900)
+
+
+class Output(msgspec.Struct):
+    tokens: list[int]
+    cached: int
+
+
+class Answer(msgspec.Struct):
+    """What vllm_engine.py says."""
+
+    ready: bool = False
+    outputs: list[Output | None] = msgspec.field(default_factory=list[Output | None])
+    seconds: float = 0
+
+
+class Engine:
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    def answer(self) -> Answer:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, self._log.read_text(errors="replace")[-6000:]
+        return msgspec.json.decode(line, type=Answer)
+
+    def order(self, prompts: Sequence[list[int]], *, together: bool = False, abort: Sequence[int] = ()) -> None:
+        assert self._process.stdin is not None
+        order = {"prompts": list(prompts), "tokens": TOKENS, "together": together, "abort": list(abort)}
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def generate(
+        self, prompts: Sequence[list[int]], *, together: bool = False, abort: Sequence[int] = ()
+    ) -> list[Output]:
+        """Of those that were not aborted."""
+        self.order(prompts, together=together, abort=abort)
+        return [output for output in self.answer().outputs if output is not None]
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+
+@contextmanager
+def engine(vllm: Environment, model: Path, log: Path, directory: Path | None, **options: object) -> Generator[Engine]:
+    """One with kvfs, or, without a directory, one that computes everything. It is ended in an orderly way."""
+    if directory is not None:
+        options["kv_transfer_config"] = {
+            "kv_connector": "KvfsConnector",
+            "kv_connector_module_path": "kvfs_usrbio.connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"where": str(directory), "namespace": NAMESPACE},
+        }
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [vllm.python, HERE / "vllm_engine.py", model, json.dumps(options)],
+            env=vllm.variables({}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    try:
+        made = Engine(process, log)
+        assert made.answer().ready
+        yield made
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 0, made.log[-6000:]
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def vllm() -> Environment:
+    return environment("vllm")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model") / "tiny"
+
+
+def prompt(seed: int, length: int = PROMPT) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(2, 1000) for _ in range(length)]
+
+
+PROMPTS = [prompt(seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="session")
+def alone(vllm: Environment, model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """What an engine without kvfs says after each of PROMPTS."""
+    with engine(vllm, model, tmp_path_factory.mktemp("alone") / "log", None) as one:
+        return tokens(one.generate(PROMPTS))
+
+
+def tokens(outputs: Sequence[Output]) -> list[list[int]]:
+    return [output.tokens for output in outputs]
+
+
+def cached(outputs: Sequence[Output]) -> list[int]:
+    return [output.cached for output in outputs]
+
+
+def wait_for_blocks(directory: Path, count: int) -> list[tuple[bytes, int]]:
+    """Stores run beside the engine. (key, bytes) of each block once there are so many."""
+    deadline = time.monotonic() + 30
+    while True:
+        with BlockStore.open(directory, NAMESPACE) as store:
+            found = [(entry.key, entry.length) for entry in store.scan()]
+        if len(found) >= count:
+            return found
+        assert time.monotonic() < deadline, (len(found), count)
+        time.sleep(0.1)
+
+
+def test_cold_warm_restarted_and_shared(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """A second engine, and one after a restart, load what the first has stored; two of them at work at once as well."""
+    with engine(vllm, model, tmp_path / "first", directory) as first:
+        cold = first.generate(PROMPTS[:3])
+        assert tokens(cold) == alone[:3]
+        assert cached(cold) == [0, 0, 0]
+        wait_for_blocks(directory, 3 * WHOLE // BLOCK)
+        warm = first.generate(PROMPTS[:3])
+        assert tokens(warm) == alone[:3]
+        assert cached(warm) == [WHOLE] * 3
+        with engine(vllm, model, tmp_path / "second", directory) as second:
+            assert cached(other := second.generate(PROMPTS[:3])) == [WHOLE] * 3
+            assert tokens(other) == alone[:3]
+            for one in (first, second):
+                one.order(PROMPTS, together=True)
+            for one in (first, second):
+                assert [output.tokens for output in one.answer().outputs if output is not None] == alone
+    with engine(vllm, model, tmp_path / "third", directory) as third:
+        restarted = third.generate(PROMPTS)
+        assert tokens(restarted) == alone
+        assert cached(restarted) == [WHOLE] * 6
+
+
+def test_kvfs_killed_and_restarted(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """In the middle of requests, which end as if nothing had happened; some seconds after its return kvfs is used again."""
+    with engine(vllm, model, tmp_path / "log", directory) as one:
+        assert tokens(one.generate(PROMPTS[:2])) == alone[:2]
+        one.order(PROMPTS, together=True)
+        time.sleep(0.2)
+        kill_daemon(directory)
+        assert [output.tokens for output in one.answer().outputs if output is not None] == alone
+        without = one.generate(PROMPTS)
+        assert tokens(without) == alone
+        assert cached(without) == [0] * 6
+        kvfs("up", "--dir", directory, "--detach")
+        deadline = time.monotonic() + 60
+        while not any(cached(back := one.generate(PROMPTS[:2]))):
+            assert tokens(back) == alone[:2]
+            assert time.monotonic() < deadline, one.log[-3000:]
+            time.sleep(0.5)
+        assert tokens(back) == alone[:2]
+
+
+def test_damaged_block_on_disk(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """It is computed again and stored again; the blocks before it are loaded."""
+    with engine(vllm, model, tmp_path / "before", directory) as one:
+        assert tokens(one.generate(PROMPTS[:1])) == alone[:1]
+        blocks = wait_for_blocks(directory, WHOLE // BLOCK)
+    with BlockStore.open(directory, NAMESPACE) as store:
+        key, length = blocks[0]
+        value = bytearray(length)
+        assert store.get([key], [value]) == [length]
+    kvfs("down", "--dir", directory)
+    data = (directory / "store.kvfs").read_bytes()
+    place = data.find(bytes(value[:4096]))
+    assert place >= 0
+    with (directory / "store.kvfs").open("r+b") as file:
+        file.seek(place + 100)
+        file.write(os.urandom(1000))
+    del data
+    kvfs("up", "--dir", directory, "--memory", "0", "--detach")
+    with engine(vllm, model, tmp_path / "after", directory) as one:
+        again = one.generate(PROMPTS[:1])
+        assert tokens(again) == alone[:1]
+        assert "Recovered from KV load failure" in one.log
+        wait_for_blocks(directory, WHOLE // BLOCK)
+        repaired = one.generate(PROMPTS[:1])
+        assert tokens(repaired) == alone[:1]
+        assert cached(repaired) == [WHOLE]
+
+
+def test_other_values_say_something_else(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """With values that kvfs holds to be whole but that are none of the engine's, the output changes: it is what is loaded that
+    decides, and the other tests could fail."""
+    with engine(vllm, model, tmp_path / "log", directory) as one:
+        assert tokens(one.generate(PROMPTS[:1])) == alone[:1]
+        with BlockStore.open(directory, NAMESPACE) as store:
+            for key, length in wait_for_blocks(directory, WHOLE // BLOCK):
+                assert store.evict([key]) == [0]
+                assert store.put([key], [bytes(length)]) == [1]
+        spoilt = one.generate(PROMPTS[:1])
+        assert cached(spoilt) == [WHOLE]
+        assert tokens(spoilt) != alone[:1]
+
+
+def test_full_and_evicting(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """Others fill the store again and again meanwhile, so that the engine's blocks are evicted."""
+    evicted = False
+    with (
+        engine(vllm, model, tmp_path / "log", directory) as one,
+        BlockStore.open(directory, "test/others") as others,
+    ):
+        filling = os.urandom(1 << 20)
+        for turn in range(3):
+            found = one.generate(PROMPTS)
+            assert tokens(found) == alone
+            evicted = evicted or (turn > 0 and min(cached(found)) < WHOLE)
+            for i in range(600):
+                others.put([b"%d/%d" % (turn, i)], [filling])
+    assert evicted
+
+
+def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, directory: Path, tmp_path: Path) -> None:
+    """Batches of requests that share prefixes, with chunked prefill, aborts, vLLM's own prefix cache beside kvfs and so few
+    blocks that requests are preempted and its prefix cache is soon overwritten; each output is compared with a recomputation."""
+    source = random.Random(4)
+    pieces = [prompt(100 + i, source.choice((128, 256, 300))) for i in range(5)]
+
+    def any_prompt() -> list[int]:
+        made = [token for _ in range(source.randrange(1, 5)) for token in pieces[source.randrange(len(pieces))]]
+        return made + prompt(source.randrange(1000, 1010), source.randrange(1, 200))
+
+    batches = [[any_prompt() for _ in range(source.randrange(2, 7))] for _ in range(8)]
+    with engine(vllm, model, tmp_path / "alone", None) as one:
+        wanted = [tokens(one.generate(batch)) for batch in batches]
+    few = {"max_num_batched_tokens": 512, "enable_prefix_caching": True, "num_gpu_blocks_override": 34}
+    loaded = 0
+    for attempt in range(2):
+        with engine(vllm, model, tmp_path / f"log{attempt}", directory, **few) as one:
+            for batch, outputs in zip(batches, wanted, strict=True):
+                dropped = source.sample(range(len(batch)), source.randrange(2))
+                found = one.generate(batch, together=True, abort=dropped)
+                kept = [output for i, output in enumerate(outputs) if i not in dropped]
+                # A request may have ended before it was aborted.
+                assert tokens(found) in (kept, outputs)
+                loaded += sum(cached(found))
+    assert loaded > 0
