@@ -10,6 +10,7 @@ from kvfs.cli import (
     blocks,
     cluster,
     config,
+    connectors,
     doctor,
     fsck,
     ls,
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("config", epilog=config.EXAMPLES)(config.config)
+app.command("connectors", epilog=connectors.EXAMPLES)(connectors.connectors)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("fsck", cls=fsck.Command, epilog=fsck.EXAMPLES)(fsck.fsck)
 app.command("up", epilog=node.UP_EXAMPLES)(node.up)
