@@ -95,7 +95,7 @@ class Asked:
     def __init__(self, name: str, tokens: int) -> None:
         self.request_id = name
         self.num_tokens = tokens
-        self.block_hashes = [b"%s/%d" % (b"shared", i) for i in range(tokens // BLOCK)]
+        self.block_hashes: Sequence[bytes] = [b"%s/%d" % (b"shared", i) for i in range(tokens // BLOCK)]
         self.lora_request: Any = None
         self.skip_reading_prefix_cache = False
 

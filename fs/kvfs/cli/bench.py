@@ -1,5 +1,6 @@
 """`kvfs bench`: this machine's figures, beside fio's; `kvfs bench posix`: the mount's, beside another file system's;
-`kvfs bench usrbio`: those of a program written for 3FS; `kvfs bench net`: those of a chunk server."""
+`kvfs bench usrbio`: those of a program written for 3FS; `kvfs bench net`: those of a chunk server; `kvfs bench
+ttft`: those of an inference engine."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ USRBIO_EXAMPLES = (
     "Examples:  kvfs bench usrbio --engine ./hf3fs_usrbio.so   |   kvfs bench usrbio --engine ENGINE --fio ./fio --json"
 )
 NET_EXAMPLES = "Examples:  kvfs bench net   |   kvfs bench net --mooncake ./mooncake-venv/bin/python --json"
+TTFT_EXAMPLES = (
+    "Examples:  kvfs bench ttft --python vllm-env/bin/python --breakdown   |   "
+    "kvfs bench ttft --python PYTHON --tokens 4096 --rounds 1 --questions 0"
+)
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_SIZE = 3, 1.0, 1 << 30
 QUICK_POSIX_ROUNDS, QUICK_FILE, QUICK_FILES = 2, 256 << 20, 10_000
 WIDTH = 150  # where the output goes to a file; narrower terminals break lines
@@ -232,6 +237,55 @@ def net(
     try:
         with _listener(verbose) as listener:
             report = bench_net(_beside(directory), plan, mooncake=mooncake, listen=listener)
+    except BenchError as e:
+        fail(str(e))
+    _deliver(report, _print, json=json, strict=strict)
+
+
+@app.command("ttft", epilog=TTFT_EXAMPLES)
+def ttft(
+    python: Annotated[Path, typer.Option("--python", help="The Python of an environment with vLLM and kvfs.")],
+    directory: Directory = None,
+    shape: Annotated[Literal["tiny", "small"], typer.Option("--shape", help="Of the model.")] = "small",
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", help="Of a prompt; may be repeated (default: 4096, 8192).")
+    ] = None,
+    rounds: Rounds = None,
+    contexts: Annotated[int, typer.Option("--contexts", min=0, help="That are shared.")] = 8,
+    questions: Annotated[int, typer.Option("--questions", min=0, help="Over each of them; 0: not measured.")] = 20,
+    context_tokens: Annotated[int, typer.Option("--context-tokens", help="Of one of them.")] = 4096,
+    example: Annotated[
+        bool, typer.Option("--example/--no-example", help="Compare with vLLM's connector that keeps files.")
+    ] = True,
+    memory: Annotated[str, typer.Option("--memory", help="Bytes of kvfs's memory tier.")] = "512M",
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Where the time of a hit goes.")] = False,
+    verbose: Verbose = False,
+    strict: Strict = False,
+    json: Json = False,
+) -> None:
+    """Measure the time to the first token in vLLM: with the prompt's KV in kvfs, beside computing it.
+
+    Each figure comes from engine processes of their own. Use an idle machine; a full run takes hours on a few cores."""
+    from kvfs_tools.bench.programs import BenchError
+    from kvfs_tools.bench.ttft import TtftPlan, bench_ttft
+
+    try:
+        plan = TtftPlan(
+            python=python.absolute(),
+            shape=shape,
+            tokens=tuple(tokens or (4096, 8192)),
+            rounds=rounds or 5,
+            contexts=contexts,
+            questions=questions,
+            context_tokens=context_tokens,
+            example=example,
+            memory=int(Size.parse(memory)),
+        )
+    except ValueError as e:
+        fail(str(e), code=USAGE)
+    try:
+        with _listener(verbose) as listener:
+            report = bench_ttft(_beside(directory), plan, breakdown=breakdown, listen=listener)
     except BenchError as e:
         fail(str(e))
     _deliver(report, _print, json=json, strict=strict)

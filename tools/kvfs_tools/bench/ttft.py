@@ -1,0 +1,271 @@
+"""`kvfs bench ttft`: the time to the first token in vLLM, with the prompt's KV in kvfs and without.
+
+Each measurement is an engine process of its own, with vLLM's prefix cache off, so that every token that is not computed comes
+from storage. The contenders run in turn, in changing order; a figure is the median of the rounds, a ratio the median of the
+rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvfs_tools.bench.measure import Listener
+from kvfs_tools.bench.programs import BenchError
+from kvfs_tools.bench.report import Report, Row, Target, summarise
+from kvfs_tools.bench.scratch import Scratch, machine, scratch
+
+ENGINE: Final = Path(__file__).with_name("ttft_engine.py")
+ENGINE_S: Final = 3600.0
+REST: Final = 4  # tokens of a prompt behind its last whole block
+QUESTION: Final = 28
+COMPUTE, STORE, HIT, EXAMPLE_STORE, EXAMPLE_HIT = "recompute", "store", "hit", "example-store", "example-hit"
+
+SHAPES: Final = {
+    "tiny": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,
+    },
+    "small": {  # Qwen2.5-0.5B's: 12 KiB of KV a token
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TtftPlan:
+    """`tokens`: lengths of prompts. `contexts` and `questions` over each of them, of `context_tokens`: requests a second; none if
+    0. `example`: also vLLM's own connector that keeps files."""
+
+    python: Path
+    shape: str = "small"
+    tokens: tuple[int, ...] = (4096, 8192)
+    rounds: int = 5
+    contexts: int = 8
+    questions: int = 20
+    context_tokens: int = 4096
+    example: bool = True
+    store: int = 4 << 30
+    memory: int = 512 << 20
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"there is no shape {self.shape}, only {', '.join(SHAPES)}")
+        if self.rounds < 1 or not all(64 <= count <= 32000 for count in (*self.tokens, self.context_tokens)):
+            raise ValueError("at least one round is needed, and prompts have 64 to 32000 tokens")
+
+
+class Order(msgspec.Struct, frozen=True):
+    """For ttft_engine.py. `prompts`: (tokens, tokens behind them) of each."""
+
+    model: Path
+    shape: dict[str, int]
+    transfer: dict[str, Any] | None
+    prompts: list[tuple[int, int]]
+    questions: int
+    seed: str
+    trace: str | None
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Seconds of one engine process; those in the connector are 0 without kvfs."""
+
+    seconds: float
+    cpu: float
+    cached: int
+    tokens: list[int]
+    exists: float
+    load: float
+    get: float
+    copy: float
+    bytes: int
+    save: float
+    forward: float
+
+    @property
+    def kvfs(self) -> float:
+        return self.exists + self.load
+
+
+@dataclass(slots=True)
+class _Bench:
+    plan: TtftPlan
+    place: Scratch
+    listen: Listener
+
+    def run(
+        self, transfer: dict[str, Any] | None, prompts: Sequence[tuple[int, int]], seed: str, questions: int = 0
+    ) -> Measured:
+        plan, root = self.plan, self.place.root
+        trace = str(root / "trace") if transfer is not None and "where" in str(transfer) else None
+        order = Order(root / "model", SHAPES[plan.shape], transfer, list(prompts), questions, seed, trace)
+        line = [str(plan.python), str(ENGINE), msgspec.json.encode(order, enc_hook=str).decode()]
+        self.listen.command(" ".join(line))
+        try:
+            done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, timeout=ENGINE_S, check=False)
+        except OSError as e:
+            raise BenchError(f"{plan.python} cannot be run: {e.strerror}") from e
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"an engine did not end within {ENGINE_S:g} s") from None
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise BenchError(f"an engine ended with {done.returncode}: {said[-1] if said else ''}")
+        return msgspec.json.decode(done.stdout.splitlines()[-1], type=Measured)
+
+    def kvfs(self, namespace: str) -> dict[str, Any]:
+        extra = {
+            "where": str(self.place.layout.root),
+            "namespace": f"bench/{namespace}",
+            "trace": str(self.place.root / "trace"),
+        }
+        return {
+            "kv_connector": "KvfsConnector",
+            "kv_connector_module_path": "kvfs_usrbio.connectors.vllm",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+
+    def example(self, folder: str) -> dict[str, Any]:
+        place = self.place.root / folder
+        place.mkdir(exist_ok=True)
+        return {
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"shared_storage_path": str(place)},
+        }
+
+
+def _first_tokens(bench: _Bench, count: int, number: int) -> dict[str, Measured]:
+    """One round for prompts of this length: what stores goes before what finds it."""
+    name = f"{count}-{number}"
+    prompts = [(count, REST)]
+    kvfs, example = bench.kvfs(name), bench.example(name) if bench.plan.example else None
+    groups: list[list[tuple[str, Callable[[], Measured]]]] = [
+        [(COMPUTE, lambda: bench.run(None, prompts, name))],
+        [(STORE, lambda: bench.run(kvfs, prompts, name)), (HIT, lambda: bench.run(kvfs, prompts, name))],
+    ]
+    if example is not None:
+        run: Callable[[], Measured] = lambda: bench.run(example, prompts, name)  # noqa: E731
+        groups.append([(EXAMPLE_STORE, run), (EXAMPLE_HIT, run)])
+    first = number % len(groups)
+    found: dict[str, Measured] = {}
+    for group in groups[first:] + groups[:first]:
+        for who, take in group:
+            bench.listen.step(f"{count} tokens, round {number + 1} of {bench.plan.rounds}: {who}")
+            found[who] = take()
+    if len({found[who].tokens[0] for who in (COMPUTE, STORE, HIT)}) != 1:
+        raise BenchError(f"the first tokens differ: {[found[who].tokens for who in (COMPUTE, STORE, HIT)]}")
+    if not found[HIT].cached:
+        raise BenchError("nothing was loaded from kvfs")
+    return found
+
+
+def _rows(count: int, rounds: list[dict[str, Measured]]) -> list[Row]:
+    def pairs(mine: str, other: str) -> list[tuple[float, float | None]]:
+        return [(found[mine].seconds, found[other].seconds) for found in rounds]
+
+    hit = f"TTFT, {count} tokens, KV stored by another process"
+    rows = [
+        summarise(f"hit-{count}", hit, "s", "recompute", Target(0.03, at_most=True), pairs(HIT, COMPUTE)),
+        summarise(
+            f"hit-kvfs-{count}",
+            f"the same: inside kvfs's calls, for {rounds[0][HIT].bytes / 2**20:.0f} MiB",
+            "ms",
+            "",
+            Target(100, at_most=True, absolute=True),
+            [(found[HIT].kvfs * 1e3, None) for found in rounds],
+        ),
+        summarise(
+            f"store-{count}",
+            f"TTFT, {count} tokens, seen for the first time and stored",
+            "s",
+            "no connector",
+            Target(1.03, at_most=True),
+            pairs(STORE, COMPUTE),
+        ),
+    ]
+    if EXAMPLE_HIT in rounds[0]:
+        other = "vLLM's ExampleConnector"
+        rows.append(
+            summarise(f"hit-example-{count}", hit, "s", other, Target(1.0, at_most=True), pairs(HIT, EXAMPLE_HIT))
+        )
+    return rows
+
+
+def _breakdown(count: int, rounds: list[dict[str, Measured]]) -> str:
+    def middle(of: Callable[[Measured], float]) -> str:
+        return f"{statistics.median(of(found[HIT]) for found in rounds) * 1e3:.1f}"
+
+    return (
+        f"A hit of {count} tokens, ms: exists {middle(lambda m: m.exists)}, waiting for gets {middle(lambda m: m.get)}, copying"
+        f" {middle(lambda m: m.copy)} (the load in all {middle(lambda m: m.load)}), forward {middle(lambda m: m.forward)},"
+        f" scheduling and the rest {middle(lambda m: m.seconds - m.exists - m.load - m.forward)}; storing it took the worker"
+        f" {statistics.median(found[STORE].save for found in rounds) * 1e3:.1f} ms in copies."
+    )
+
+
+def _requests(bench: _Bench) -> Row:
+    plan = bench.plan
+    prompts = [(plan.context_tokens, QUESTION)] * plan.contexts
+    asked = plan.contexts * plan.questions
+    pairs: list[tuple[float, float | None]] = []
+    for number in range(plan.rounds):
+        name = f"contexts-{number}"
+        bench.listen.step(f"round {number + 1} of {plan.rounds}: storing the contexts")
+        bench.run(bench.kvfs(name), prompts, name)
+        found: dict[bool, Measured] = {}
+        for ours in (True, False) if number % 2 == 0 else (False, True):
+            bench.listen.step(f"round {number + 1} of {plan.rounds}: {asked} questions, {'kvfs' if ours else COMPUTE}")
+            found[ours] = bench.run(bench.kvfs(name) if ours else None, prompts, name, plan.questions)
+        pairs.append((asked / found[True].seconds, asked / found[False].seconds))
+    return summarise(
+        "questions",
+        f"{plan.questions} questions over each of {plan.contexts} contexts of {plan.context_tokens} tokens",
+        "requests/s",
+        "recompute without reuse",
+        Target(9.3),
+        pairs,
+    )
+
+
+def bench_ttft(beside: Path, plan: TtftPlan, *, breakdown: bool = False, listen: Listener | None = None) -> Report:
+    """Runs everything in a scratch directory in `beside`. BenchError if it cannot."""
+    listen = listen or Listener()
+    where = machine("")
+    per_round = 5 if plan.example else 3
+    listen.begin(1 + plan.rounds * (per_round * len(plan.tokens) + (3 if plan.questions else 0)))
+    rows: list[Row] = []
+    notes: list[str] = []
+    with scratch(beside, 2 * plan.store + (2 << 30)) as place:
+        listen.step("starting kvfs")
+        place.up(size=plan.store, memory=plan.memory)
+        bench = _Bench(plan, place, listen)
+        for count in plan.tokens:
+            rounds = [_first_tokens(bench, count, number) for number in range(plan.rounds)]
+            rows += _rows(count, rounds)
+            if breakdown:
+                notes.append(_breakdown(count, rounds))
+            spent = {who: statistics.median(found[who].cpu for found in rounds) for who in rounds[0]}
+            notes.append(
+                f"CPU of the engine's process, {count} tokens, s: "
+                + ", ".join(f"{who} {seconds:.2f}" for who, seconds in spent.items())
+                + "."
+            )
+        if plan.questions and plan.contexts:
+            rows.append(_requests(bench))
+    notes.append(f"A model of the shape {plan.shape} with random weights, vLLM on the CPU, a new engine process each.")
+    return Report(where, plan.rounds, 0, plan.store, rows, notes)
