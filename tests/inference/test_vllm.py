@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,20 +70,52 @@ class Engine:
         return self._log.read_text(errors="replace")
 
 
+def connector(directory: Path) -> dict[str, object]:
+    return {
+        "kv_connector": "KvfsConnector",
+        "kv_connector_module_path": "kvfs_usrbio.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"where": str(directory), "namespace": NAMESPACE},
+    }
+
+
+def tier(directory: Path) -> dict[str, object]:
+    """vLLM's OffloadingConnector; its primary tier holds fewer blocks than one prompt of six."""
+    secondary = {
+        "type": "KvfsTier",
+        "module_path": "kvfs_usrbio.connectors.vllm",
+        "where": str(directory),
+        "namespace": NAMESPACE,
+    }
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "vllm_cpu_tiering",
+            "cpu_bytes_to_use": 24 << 18,
+            "secondary_tiers": [secondary],
+        },
+    }
+
+
 @contextmanager
-def engine(vllm: Environment, model: Path, log: Path, directory: Path | None, **options: object) -> Generator[Engine]:
+def engine(
+    vllm: Environment,
+    model: Path,
+    log: Path,
+    directory: Path | None,
+    how: Callable[[Path], dict[str, object]] = connector,
+    **options: object,
+) -> Generator[Engine]:
     """One with kvfs, or, without a directory, one that computes everything. It is ended in an orderly way."""
     if directory is not None:
-        options["kv_transfer_config"] = {
-            "kv_connector": "KvfsConnector",
-            "kv_connector_module_path": "kvfs_usrbio.connectors.vllm",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"where": str(directory), "namespace": NAMESPACE},
-        }
+        options["kv_transfer_config"] = how(directory)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [vllm.python, HERE / "vllm_engine.py", model, json.dumps(options)],
-            env=vllm.variables({}),
+            env=vllm.variables({"PYTHONPATH": str(HERE)}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -270,10 +302,17 @@ def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, di
     batches = [[any_prompt() for _ in range(source.randrange(2, 7))] for _ in range(8)]
     with engine(vllm, model, tmp_path / "alone", None) as one:
         wanted = [tokens(one.generate(batch)) for batch in batches]
-    few = {"max_num_batched_tokens": 512, "enable_prefix_caching": True, "num_gpu_blocks_override": 34}
     loaded = 0
     for attempt in range(2):
-        with engine(vllm, model, tmp_path / f"log{attempt}", directory, **few) as one:
+        with engine(
+            vllm,
+            model,
+            tmp_path / f"log{attempt}",
+            directory,
+            max_num_batched_tokens=512,
+            enable_prefix_caching=True,
+            num_gpu_blocks_override=34,
+        ) as one:
             for batch, outputs in zip(batches, wanted, strict=True):
                 dropped = source.sample(range(len(batch)), source.randrange(2))
                 found = one.generate(batch, together=True, abort=dropped)
@@ -282,3 +321,37 @@ def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, di
                 assert tokens(found) in (kept, outputs)
                 loaded += sum(cached(found))
     assert loaded > 0
+
+
+def test_secondary_tier(
+    vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
+) -> None:
+    """kvfs below vLLM's own OffloadingConnector: loaded after a restart; with a value of no use, which must not be looked for
+    again and again; with kvfs killed; and with other values the output changes."""
+    count = len(PROMPTS) * (WHOLE // BLOCK)
+    with engine(vllm, model, tmp_path / "first", directory, tier) as one:
+        assert tokens(one.generate(PROMPTS)) == alone
+        blocks = wait_for_blocks(directory, count)
+    with engine(vllm, model, tmp_path / "second", directory, tier) as one:
+        restarted = one.generate(PROMPTS)
+        assert tokens(restarted) == alone
+        assert cached(restarted) == [WHOLE] * len(PROMPTS)
+    with BlockStore.open(directory, NAMESPACE) as store:
+        for key, _ in blocks[::3]:
+            assert store.evict([key]) == [0]
+            assert store.put([key], [b"too short"]) == [1]
+    with engine(vllm, model, tmp_path / "third", directory, tier) as one:
+        damaged = one.generate(PROMPTS)
+        assert tokens(damaged) == alone
+        assert sum(cached(damaged)) < WHOLE * len(PROMPTS)
+        kill_daemon(directory)
+        assert tokens(one.generate(PROMPTS)) == alone
+    kvfs("up", "--dir", directory, "--detach")
+    with BlockStore.open(directory, NAMESPACE) as store:
+        for key, length in [(entry.key, entry.length) for entry in store.scan()]:
+            assert store.evict([key]) == [0]
+            assert store.put([key], [bytes(length)]) == [1]
+    with engine(vllm, model, tmp_path / "fourth", directory, tier) as one:
+        spoilt = one.generate(PROMPTS)
+        assert max(cached(spoilt)) > 0
+        assert tokens(spoilt) != alone

@@ -280,7 +280,7 @@ class Memory:
         self.layers = [bytearray([fill]) * (8 * size) for size in (4096, 1000, 8192)]
         held = [ctypes.c_char.from_buffer(layer) for layer in self.layers]
         places = [(ctypes.addressof(one), len(layer) // 8) for one, layer in zip(held, self.layers, strict=True)]
-        self.pages = Pages(places, 8, held)
+        self.pages = Pages(places, held)
 
     def paint(self, block: int) -> None:
         for layer in self.layers:

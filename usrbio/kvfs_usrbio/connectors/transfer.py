@@ -30,24 +30,28 @@ MAX_LOADS: Final = 4096
 
 
 class Pages:
-    """An engine's KV memory on the host: `layers` are (address of block 0, bytes per block), one after the other in a stored
-    block. `keep` is what owns the memory."""
+    """An engine's KV memory on the host: `layers` are (address of block 0, bytes of a block in it), one after the other in a stored
+    block; blocks lie next to each other, or `stride` bytes apart. `keep` is what owns the memory."""
 
-    def __init__(self, layers: Sequence[tuple[int, int]], blocks: int, keep: object) -> None:
-        self.blocks = blocks
-        self.parts = [[layers[i] for i in run] for run in parts_of([size for _, size in layers])]
-        self.sizes = [sum(size for _, size in part) for part in self.parts]
+    def __init__(self, layers: Sequence[tuple[int, int]], keep: object, stride: int | None = None) -> None:
+        placed = [(base, size, stride or size) for base, size in layers]
+        self.parts = [[placed[i] for i in run] for run in parts_of([size for _, size in layers])]
+        self.sizes = [sum(size for _, size, _ in part) for part in self.parts]
         self.block_bytes = sum(self.sizes)
         self._keep = keep
 
+    def room(self, size: int) -> int:
+        """Bytes of staging memory, at least for one block."""
+        return max(size, len(self.sizes) * (max(self.sizes) + ALIGN))
+
     def gather(self, block: int, part: int, to: int) -> None:
-        for base, size in self.parts[part]:
-            ctypes.memmove(to, base + block * size, size)
+        for base, size, stride in self.parts[part]:
+            ctypes.memmove(to, base + block * stride, size)
             to += size
 
     def scatter(self, block: int, part: int, source: int) -> None:
-        for base, size in self.parts[part]:
-            ctypes.memmove(base + block * size, source, size)
+        for base, size, stride in self.parts[part]:
+            ctypes.memmove(base + block * stride, source, size)
             source += size
 
 

@@ -52,7 +52,7 @@ def pages_of(tensors: Mapping[str, Any], blocks: int) -> Pages:
         if tensor.data_ptr() not in known:  # layers may share one cache
             known.add(tensor.data_ptr())
             layers.append((int(tensor.data_ptr()), int(tensor.nbytes) // blocks))
-    return Pages(layers, blocks, list(tensors.values()))
+    return Pages(layers, list(tensors.values()))
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         # A whole step's blocks twice: one step's are stored while the next one's are computed.
         step = -(-s.step_tokens // s.block_tokens) * pages.block_bytes
         save_buffer = s.save_buffer or min(max(2 * step, 64 << 20), 1 << 30)
-        links = [self._link(size, max(pages.sizes)) for size in (s.load_buffer, save_buffer)]
+        links = [self._link(pages.room(size), max(pages.sizes)) for size in (s.load_buffer, save_buffer)]
         for link in links:
             link.current()
         self._loader, self._saver = Loader(links[0], pages), Saver(links[1], pages)
