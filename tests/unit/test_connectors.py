@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from commands import running_for_a_test
+from commands import kvfs, running_for_a_test
 from kvfs_usrbio import BlockStore
+from kvfs_usrbio.connectors import transfer
 from kvfs_usrbio.connectors.finding import Finder, Lookups
 from kvfs_usrbio.connectors.keys import PART_MAX, Keyring, fingerprint, parts_of, weights
 from kvfs_usrbio.connectors.link import Link
@@ -336,6 +340,47 @@ def test_a_value_of_another_length_is_of_no_use(directory: Path) -> None:
     connection.store.put([b"short"], [b"short"])
     done = load(loader, [b"short"], [1])
     assert (done.failed, done.damaged) == ({0}, [b"short"])
+    assert memory.block(1) == Memory().block(1)
+    loader.close()
+
+
+def wait_stopped(pid: int) -> None:
+    """Until all its threads have noticed the signal."""
+    deadline = time.monotonic() + 20
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it goes on, what it had not yet answered changes nothing in the pages."""
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.5)
+    memory = Memory()
+    memory.paint(0)
+    saver = Saver(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    loader = Loader(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    assert saver.link.wait(10)
+    first = loader.link.wait(10)
+    assert saver.save([0], key).dropped == []
+    assert saver.drain(10)
+    pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_stopped(pid)
+        assert load(loader, [b"key 0"], [1]).failed == {0}
+        assert loader.link.lost == 1
+        assert saver.save([0], lambda i: [b"another"]).dropped == []
+        assert not saver.drain(5)
+        assert saver.link.lost == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    deadline = time.monotonic() + 30
+    while load(loader, [b"key 0"], [2]).failed:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert loader.link.current() is not first
+    assert memory.block(2) == memory.block(0)
     assert memory.block(1) == Memory().block(1)
     loader.close()
 

@@ -304,12 +304,12 @@ class Saver:
             self._lose(error)
 
     def drain(self, seconds: float) -> bool:
-        """Waits for what is under way; whether all of it has ended."""
-        until = time.monotonic() + seconds
+        """Waits for what is under way; whether kvfs has answered all of it."""
+        until, lost = time.monotonic() + seconds, self.link.lost
         while self._puts and time.monotonic() < until:
             self.reap()
             time.sleep(0.001)
-        return not self._puts
+        return not self._puts and self.link.lost == lost
 
     def _lose(self, error: OSError) -> None:
         if self._connection is not None:

@@ -181,6 +181,7 @@ class KvfsTier(SecondaryTierManager):
                 self._stores.task_done()
                 continue
             begun, moved, left = time.monotonic(), 0, list(zip(job.keys, job.chunk_ids, strict=True))
+            answered = True
             while left:
                 batch = left
                 saved = self._saver.save(
@@ -188,9 +189,10 @@ class KvfsTier(SecondaryTierManager):
                 )
                 moved += saved.bytes
                 left = [batch[i] for i in saved.dropped]
-                if not self._saver.drain(TIMEOUT) or not saved.bytes:
+                answered = self._saver.drain(TIMEOUT)
+                if not answered or not saved.bytes:
                     break
-            ok = not left and self._saver.refused == 0
+            ok = answered and not left and self._saver.refused == 0
             self._saver.refused = self._saver.stored = 0
             self._stored.put(JobResult(job.job_id, ok, None, time.monotonic() - begun, moved))
             self._stores.task_done()
