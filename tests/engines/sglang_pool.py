@@ -1,31 +1,67 @@
 # pyright: basic, reportMissingImports=false
 """SGLang's host pool of KV pages through one of its storage backends, run by SGLang's own Python:
 
-    python sglang_pool.py BACKEND LAYOUT [--pages N] [--page-size TOKENS] [--rounds N] [--seed N] [--daemon PID]
+    python sglang_pool.py BACKEND LAYOUT [--kind mha|mla] [--pages N] [--page-size TOKENS] [--rounds N] [--seed N]
+      [--daemon PID] [--kvfs WHERE] [--allocator default|shm]
 
-BACKEND is `hf3fs` (with the real USRBIO client; configured by SGLANG_HICACHE_HF3FS_CONFIG_PATH) or `file`. Random pages are
-written from one half of the pool and read back into the other. CPU time is this process's and the daemon's. Prints one line of JSON, as test_sglang.PoolReport.
+BACKEND is `kvfs` (at WHERE), `hf3fs` (with the real USRBIO client; configured by SGLANG_HICACHE_HF3FS_CONFIG_PATH), `file`, or
+`memcpy`, which only copies. Random pages are written from one half of the pool and read back into the other. CPU time is
+this process's and the daemon's. Prints one line of JSON, as test_sglang.PoolReport.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import time
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
+from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo, MLABufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
 LAYERS, HEADS, HEAD_DIM = 28, 8, 128  # of a 7B model with grouped queries
+LATENT, ROPE = 512, 64  # of a model with latent attention
 BATCH = 128  # pages of one call, as SGLang's controller makes them
 
 
-def host_pool(layout: str, tokens: int, page_size: int) -> Any:
+def latent_pool(layout: str, tokens: int, page_size: int, allocator: str) -> Any:
+    rows = tuple(torch.zeros(8, 1, LATENT + ROPE, dtype=torch.bfloat16) for _ in range(LAYERS))
+    device = MLABufferInfo(
+        buffers=rows,
+        data_ptrs=torch.tensor([layer.data_ptr() for layer in rows], dtype=torch.uint64),
+        layer_indices=tuple(range(LAYERS)),
+        device_layer_num=LAYERS,
+        page_size=page_size,
+        kv_lora_rank=LATENT,
+        qk_rope_head_dim=ROPE,
+        kv_cache_dim=LATENT + ROPE,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    return MLATokenToKVPoolHost(
+        device,
+        2.0,
+        0,
+        page_size,
+        layout,
+        pin_memory=False,
+        device="cpu",
+        allocator_type=allocator,
+        device_capacity_tokens=8,
+        start_layer=0,
+        end_layer=LAYERS - 1,
+        target_layer_num=LAYERS,
+        host_token_capacity=tokens,
+    )
+
+
+def host_pool(layout: str, tokens: int, page_size: int, allocator: str = "default") -> Any:
     """Room for `tokens`. Of the device's pool, which is tiny, only the geometry matters."""
     keys, values = (
         tuple(torch.zeros(8, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(LAYERS)) for _ in range(2)
@@ -49,11 +85,48 @@ def host_pool(layout: str, tokens: int, page_size: int) -> Any:
         layout,
         pin_memory=False,
         device="cpu",
+        allocator_type=allocator,
         device_capacity_tokens=8,
         start_layer=0,
         end_layer=LAYERS - 1,
         host_token_capacity=tokens,
     )
+
+
+class Copies:
+    """Not a backend, but what each of them does at least: every byte moved once."""
+
+    def __init__(self, pool: Any, half: int) -> None:
+        self._pool = pool
+        self._half = half
+        self._there: set[str] = set()
+        self._kept = torch.zeros(pool.get_size_per_token() * half, dtype=torch.uint8)
+
+    def register_mem_pool_host(self, pool: Any) -> None:
+        pass
+
+    def on_host_pools_registered(self) -> None:
+        pass
+
+    def batch_exists(self, keys: list[str]) -> int:
+        return sum(key in self._there for key in keys)
+
+    def _copy(self, indices: Any, back: bool) -> None:
+        kept, at = self._kept.data_ptr(), 0
+        addresses, sizes = self._pool.get_page_buffer_meta(indices)
+        at = int(indices[0]) % self._half * self._pool.get_size_per_token()
+        for address, size in zip(addresses, sizes, strict=True):
+            ctypes.memmove(*((address, kept + at) if back else (kept + at, address)), size)
+            at += size
+
+    def batch_set_v1(self, keys: list[str], indices: Any) -> list[bool]:
+        self._copy(indices, False)
+        self._there.update(keys)
+        return [True] * len(keys)
+
+    def batch_get_v1(self, keys: list[str], indices: Any) -> list[bool]:
+        self._copy(indices, True)
+        return [True] * len(keys)
 
 
 def cpu_seconds(daemon: int | None) -> float:
@@ -67,7 +140,7 @@ def cpu_seconds(daemon: int | None) -> float:
 
 
 class Pages:
-    """The way SGLang's controller takes for each backend: in place for hf3fs, page by page for file."""
+    """The way SGLang's controller takes for each backend: page by page for file, in place for the others."""
 
     def __init__(self, backend: Any, pool: Any, page_size: int, in_place: bool) -> None:
         self._backend = backend
@@ -94,18 +167,21 @@ class Pages:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("backend", choices=("hf3fs", "file"))
+    parser.add_argument("backend", choices=("kvfs", "hf3fs", "file", "memcpy"))
     parser.add_argument("layout")
+    parser.add_argument("--kind", choices=("mha", "mla"), default="mha")
     parser.add_argument("--pages", type=int, default=32)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--daemon", type=int)
+    parser.add_argument("--kvfs")
+    parser.add_argument("--allocator", default="default")
     options = parser.parse_args()
     size, count = options.page_size, options.pages
     half = size * count
-    pool = host_pool(options.layout, 2 * half, size)
-    in_place = options.backend == "hf3fs"
+    make = host_pool if options.kind == "mha" else latent_pool
+    pool = make(options.layout, 2 * half, size, options.allocator)
     config = HiCacheStorageConfig(
         tp_rank=0,
         tp_size=1,
@@ -113,16 +189,26 @@ def main() -> None:
         pp_size=1,
         attn_cp_rank=0,
         attn_cp_size=1,
-        is_mla_model=False,
+        is_mla_model=options.kind == "mla",
         enable_storage_metrics=False,
         is_page_first_layout=options.layout == "page_first",
         model_name="tiny",
-        extra_config={},
+        extra_config={
+            "backend_name": "kvfs",
+            "module_path": "kvfs_usrbio.connectors.sglang",
+            "class_name": "KvfsHiCache",
+            "interface_v1": 1,
+            "kvfs": options.kvfs,
+        },
     )
-    backend = StorageBackendFactory.create_backend(options.backend, config, pool)
+    if options.backend == "memcpy":
+        backend: Any = Copies(pool, half)
+    else:
+        name = "dynamic" if options.backend == "kvfs" else options.backend
+        backend = StorageBackendFactory.create_backend(name, config, pool)
     backend.register_mem_pool_host(pool)
     backend.on_host_pools_registered()
-    pages = Pages(backend, pool, size, in_place)
+    pages = Pages(backend, pool, size, options.backend != "file")
     torch.manual_seed(options.seed)
     source, target = torch.arange(half), torch.arange(half, 2 * half)
     spent: dict[str, float] = dict.fromkeys(("write_s", "read_s", "write_cpu_s", "read_cpu_s"), 0.0)
