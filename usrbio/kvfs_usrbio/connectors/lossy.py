@@ -107,6 +107,8 @@ class LossyStore:
             return lost
         found = self._attempt(link, lambda: link.data.get(keys, dests, offsets), None)
         if found is not None:
+            if -errno.EIO in found:  # a damaged block makes room for a good one
+                self.evict([key for key, status in zip(keys, found, strict=True) if status == -errno.EIO])
             return found
         # A daemon that was killed may have had reads under way: the device is given time to finish them before the memory
         # is used for something else.
