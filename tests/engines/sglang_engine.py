@@ -1,17 +1,19 @@
 # pyright: basic, reportMissingImports=false
 """SGLang's whole engine on the CPU with a small model of random weights, run by SGLang's own Python:
 
-    python sglang_engine.py MODEL_DIRECTORY BACKEND PROMPT_TOKENS
+    python sglang_engine.py MODEL_DIRECTORY BACKEND PROMPT_TOKENS [--kvfs WHERE] [--layout LAYOUT] [--between COMMAND]
 
-BACKEND is `none` or one of SGLang's for its third cache level. The model is made if it is not there. Generates four tokens
-after a fixed prompt and prints one line of JSON, as test_sglang.Generated.
+BACKEND is `none`, `kvfs` (at WHERE) or one of SGLang's for its third cache level. The model is made if it is not there.
+Generates four tokens after a fixed prompt; with COMMAND, runs that and does the same with another prompt. Prints one line of
+JSON per prompt, as test_sglang.Generated.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,15 @@ def make_model(directory: Path) -> None:
 
 
 def main() -> None:
-    directory, backend, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("backend")
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("--kvfs")
+    parser.add_argument("--layout", default="page_first_direct")
+    parser.add_argument("--between")
+    arguments = parser.parse_args()
+    directory, backend = arguments.directory, arguments.backend
     if not (directory / "model.safetensors").exists():
         make_model(directory)
     import sglang
@@ -70,25 +80,39 @@ def main() -> None:
             "enable_hierarchical_cache": True,
             "hicache_ratio": 2,
             "hicache_io_backend": "direct",
-            "hicache_mem_layout": "page_first_direct",
+            "hicache_mem_layout": arguments.layout,
             "hicache_write_policy": "write_through",
-            "hicache_storage_backend": backend,
+            "hicache_storage_backend": "dynamic" if backend == "kvfs" else backend,
             "hicache_storage_prefetch_policy": "wait_complete",
         }
+    if backend == "kvfs":
+        extra = {
+            "backend_name": "kvfs",
+            "module_path": "kvfs_usrbio.connectors.sglang",
+            "class_name": "KvfsHiCache",
+            "interface_v1": 1,
+            "allocator": "shm",
+            "kvfs": arguments.kvfs,
+        }
+        options["hicache_storage_backend_extra_config"] = json.dumps(extra)
     engine = sglang.Engine(**options)
     try:
         rng = random.Random(1)
-        prompt = [rng.randrange(2, 1000) for _ in range(tokens)]
-        begin = time.perf_counter()
-        out: Any = engine.generate(
-            input_ids=prompt, sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
-        )
-        seconds = time.perf_counter() - begin
-        details = out["meta_info"].get("cached_tokens_details") or {}
-        time.sleep(3)  # pages of the prompt are stored behind the answer
+        for number in range(2 if arguments.between else 1):
+            if number:
+                subprocess.run(arguments.between, shell=True, check=True, timeout=120)
+            prompt = [rng.randrange(2, 1000) for _ in range(arguments.tokens)]
+            begin = time.perf_counter()
+            out: Any = engine.generate(
+                input_ids=prompt, sampling_params={"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+            )
+            seconds = time.perf_counter() - begin
+            details = out["meta_info"].get("cached_tokens_details") or {}
+            time.sleep(3)  # pages of the prompt are stored behind the answer
+            said = {"tokens": out["output_ids"], "from_storage": details.get("storage", 0), "seconds": seconds}
+            print(json.dumps(said), flush=True)
     finally:
         engine.shutdown()
-    print(json.dumps({"tokens": out["output_ids"], "from_storage": details.get("storage", 0), "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -102,17 +102,11 @@ class Copies:
         self._there: set[str] = set()
         self._kept = torch.zeros(pool.get_size_per_token() * half, dtype=torch.uint8)
 
-    def register_mem_pool_host(self, pool: Any) -> None:
-        pass
-
-    def on_host_pools_registered(self) -> None:
-        pass
-
     def batch_exists(self, keys: list[str]) -> int:
         return sum(key in self._there for key in keys)
 
     def _copy(self, indices: Any, back: bool) -> None:
-        kept, at = self._kept.data_ptr(), 0
+        kept = self._kept.data_ptr()
         addresses, sizes = self._pool.get_page_buffer_meta(indices)
         at = int(indices[0]) % self._half * self._pool.get_size_per_token()
         for address, size in zip(addresses, sizes, strict=True):
@@ -127,6 +121,33 @@ class Copies:
     def batch_get_v1(self, keys: list[str], indices: Any) -> list[bool]:
         self._copy(indices, True)
         return [True] * len(keys)
+
+
+def backend_of(name: str, pool: Any, kind: str, where: str | None = None) -> Any:
+    """As SGLang's controller makes it and lets it know the pool."""
+    config = HiCacheStorageConfig(
+        tp_rank=0,
+        tp_size=1,
+        pp_rank=0,
+        pp_size=1,
+        attn_cp_rank=0,
+        attn_cp_size=1,
+        is_mla_model=kind == "mla",
+        enable_storage_metrics=False,
+        is_page_first_layout=pool.layout == "page_first",
+        model_name="tiny",
+        extra_config={
+            "backend_name": "kvfs",
+            "module_path": "kvfs_usrbio.connectors.sglang",
+            "class_name": "KvfsHiCache",
+            "interface_v1": 1,
+            "kvfs": where,
+        },
+    )
+    backend = StorageBackendFactory.create_backend("dynamic" if name == "kvfs" else name, config, pool)
+    backend.register_mem_pool_host(pool)
+    backend.on_host_pools_registered()
+    return backend
 
 
 def cpu_seconds(daemon: int | None) -> float:
@@ -182,32 +203,10 @@ def main() -> None:
     half = size * count
     make = host_pool if options.kind == "mha" else latent_pool
     pool = make(options.layout, 2 * half, size, options.allocator)
-    config = HiCacheStorageConfig(
-        tp_rank=0,
-        tp_size=1,
-        pp_rank=0,
-        pp_size=1,
-        attn_cp_rank=0,
-        attn_cp_size=1,
-        is_mla_model=options.kind == "mla",
-        enable_storage_metrics=False,
-        is_page_first_layout=options.layout == "page_first",
-        model_name="tiny",
-        extra_config={
-            "backend_name": "kvfs",
-            "module_path": "kvfs_usrbio.connectors.sglang",
-            "class_name": "KvfsHiCache",
-            "interface_v1": 1,
-            "kvfs": options.kvfs,
-        },
-    )
     if options.backend == "memcpy":
         backend: Any = Copies(pool, half)
     else:
-        name = "dynamic" if options.backend == "kvfs" else options.backend
-        backend = StorageBackendFactory.create_backend(name, config, pool)
-    backend.register_mem_pool_host(pool)
-    backend.on_host_pools_registered()
+        backend = backend_of(options.backend, pool, options.kind, options.kvfs)
     pages = Pages(backend, pool, size, options.backend != "file")
     torch.manual_seed(options.seed)
     source, target = torch.arange(half), torch.arange(half, 2 * half)
