@@ -49,6 +49,7 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     size: Size = Size(8 << 30)
     memory: Size = Size(512 << 20)
+    shared: Size = Size(4 << 30)
 
 
 class FuseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

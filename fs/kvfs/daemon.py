@@ -327,7 +327,7 @@ async def _remote_node(layout: Layout, config: Config) -> tuple[NodeConfig, remo
         data_sums=settings.data_sums,
         rails=settings.rails,
     )
-    return NodeConfig(data=None, socket=layout.socket, remote=native), reached
+    return NodeConfig(data=None, socket=layout.socket, session_bytes=config.store.shared, remote=native), reached
 
 
 async def _local_node(layout: Layout, config: Config) -> NodeConfig:
@@ -339,7 +339,12 @@ async def _local_node(layout: Layout, config: Config) -> NodeConfig:
         )
     await trio.to_thread.run_sync(_format_if_new, layout, config)
     await _released(layout)
-    return NodeConfig(data=layout.store, socket=layout.socket, memory_bytes=config.store.memory)
+    return NodeConfig(
+        data=layout.store,
+        socket=layout.socket,
+        memory_bytes=config.store.memory,
+        session_bytes=config.store.shared,
+    )
 
 
 @asynccontextmanager

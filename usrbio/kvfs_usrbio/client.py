@@ -17,6 +17,11 @@ from kvfs_usrbio.memory import Data, Memory, memory_of
 
 Area = tuple[int, int, int]  # end address, iov id, address of the iov's first byte
 
+# Why memory cannot be shared: it is not of the kind, or it is too much, or too many pieces.
+UNSHARED = frozenset(
+    -e for e in (errno.EOPNOTSUPP, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EDQUOT, errno.EMFILE)
+)
+
 _forks = 0  # how often this process has been forked from one that had this module
 
 
@@ -155,7 +160,7 @@ class Client:
             raise ValueError("this memory is registered already")
         iov = ffi.new("struct kvfs_iov*")
         result = lib.kvfs_iov_register(self.handle, ffi.cast("void*", memory.address), memory.size, iov)
-        if result in (-errno.EOPNOTSUPP, -errno.ENOENT, -errno.EACCES, -errno.EPERM, -errno.ENOMEM):
+        if result in UNSHARED:
             self._registered[memory.address] = memory, None  # not memory that can be shared: copied through staging
             return Buffer(view, memory.address, -1)
         if result < 0:

@@ -12,7 +12,7 @@ from kvfs import daemon
 from kvfs.cli.node import configured, run_daemon, run_detached
 from kvfs.cli.output import USAGE, fail
 from kvfs.cluster import remote, volume
-from kvfs.config import Config, RemoteConfig, Size, StoreConfig
+from kvfs.config import Config, RemoteConfig, Size
 
 EXAMPLES = (
     "Examples:  kvfs mount kvfs:///data/kvfs /mnt/kvfs   |   kvfs mount /data/kvfs /mnt/kvfs --detach   |   "
@@ -100,13 +100,8 @@ def mount(
         size = Size.parse(memory) if memory is not None else config.store.memory
     except ValueError as e:
         fail(str(e), code=USAGE)
-    config = msgspec.structs.replace(
-        config,
-        dir=place,
-        mount=point.absolute(),
-        store=StoreConfig(size=config.store.size, memory=size),
-        remote=settings,
-    )
+    store = msgspec.structs.replace(config.store, memory=size)
+    config = msgspec.structs.replace(config, dir=place, mount=point.absolute(), store=store, remote=settings)
     if detach:
         run_detached(config)
     else:

@@ -70,6 +70,9 @@ def up(
     mount: Annotated[Path | None, typer.Option("--mount", help="Where to mount (default: DIR/mnt).")] = None,
     size: Annotated[str | None, typer.Option("--size", help="Bytes of a new store, such as 8G.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", help="Bytes of DRAM for hot blocks.")] = None,
+    shared: Annotated[
+        str | None, typer.Option("--shared", help="Bytes of memory that one client may share with kvfs.")
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once the mount answers; run in the background.")
     ] = False,
@@ -81,6 +84,7 @@ def up(
         store = StoreConfig(
             size=Size.parse(size) if size is not None else config.store.size,
             memory=Size.parse(memory) if memory is not None else config.store.memory,
+            shared=Size.parse(shared) if shared is not None else config.store.shared,
         )
     except ValueError as e:
         fail(str(e), code=2)
@@ -130,7 +134,7 @@ def run_detached(config: Config) -> None:
         command += [] if config.remote.token is None else ["--token", str(config.remote.token)]
     else:
         command += ["up", "--dir", str(config.dir), "--mount", str(config.mount_point)]
-        command += ["--size", str(int(config.store.size))]
+        command += ["--size", str(int(config.store.size)), "--shared", str(int(config.store.shared))]
     command += ["--memory", str(int(config.store.memory))]
     with open(layout.log, "ab") as log:
         offset = log.tell()
