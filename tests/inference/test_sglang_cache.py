@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from environments import Environment, environment
 
 from commands import kill_daemon, kvfs, running_for_a_test
+from environments import Environment, environment
 from kvfs_usrbio import BlockStore
 
 HERE = Path(__file__).parent

@@ -115,7 +115,9 @@ class KvfsConnector(RemoteConnector):
         names = _names(keys)
         headers = [bytearray(self.remote_metadata_bytes) for _ in keys]
         there = self._headers.get(names, [memoryview(header) for header in headers])
-        objects: list[Any] = [self._allocate(header) if found else None for header, found in zip(headers, there, strict=True)]
+        objects: list[Any] = [
+            self._allocate(header) if found else None for header, found in zip(headers, there, strict=True)
+        ]
         wanted = [i for i, one in enumerate(objects) if one is not None]
         views = [_view(objects[i]) for i in wanted]
         for i, good in zip(wanted, self._bodies.get([names[i] for i in wanted], views), strict=True):

@@ -85,7 +85,11 @@ class KvfsHiCache(HiCacheStorage):
             self._shared.add(storage.data_ptr())
             # The whole of it, under whatever views of it the pool has.
             memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-            how = "in place" if self._store.share(memory) else 'by copying (set "allocator": "shm" to avoid that)'
+            how = (
+                "in place"
+                if self._store.share(memory)
+                else 'by copying: see "allocator" and --shared in docs/engines.md'
+            )
             logger.info("kvfs moves pages of pool %s (%d MiB) %s", name, storage.nbytes() >> 20, how)
 
     def _keys(self, name: str, replicated: bool, facts: Mapping[str, object]) -> Keys:
