@@ -1,8 +1,9 @@
-"""SGLang's host pool through its hf3fs client on kvfs beside its `file` backend on the file system of /var/tmp:
+"""SGLang's host pool through kvfs's own backend and through its hf3fs client on kvfs, beside its `file` backend on the file
+system of /var/tmp and a mere copy of the same bytes in memory:
 
-    python pool_bench.py [--pairs N] [--pages N] [--layout LAYOUT]
+    python pool_bench.py [--pairs N] [--pages N] [--page-size TOKENS] [--layout LAYOUT] [--backends NAMES]
 
-Runs of both take turns, each in a new process; prints medians. CPU time is the process's and, for kvfs, its daemon's. Both
+Runs of all take turns, each in a new process; prints medians. CPU time is the process's and, for kvfs, its daemon's. All
 write without a flush and read what was just written. INTEROP_WHEEL names a wheel of kvfs, as `make
 interop` leaves in build/interop.
 """
@@ -22,9 +23,11 @@ import msgspec
 
 from commands import kvfs, running
 from environments import Environment, environment
+from kvfs_usrbio import BlockStore
 
 HERE = Path(__file__).parent
-BACKENDS = ("hf3fs", "file")
+BACKENDS = ("kvfs", "hf3fs", "file", "memcpy")
+ON_KVFS = ("kvfs", "hf3fs")
 
 
 class Measured(msgspec.Struct):
@@ -57,6 +60,8 @@ class Place:
     def clear(self) -> None:
         for file in (self.data / "mnt").glob("hicache.*"):
             file.unlink()
+        with BlockStore.open(self.data, "sglang") as store:
+            store.evict([entry.key for entry in store.scan()])
         shutil.rmtree(self.plain, ignore_errors=True)
         self.plain.mkdir()
 
@@ -64,7 +69,7 @@ class Place:
 def measure(sglang: Environment, place: Place, backend: str, seed: int, options: argparse.Namespace) -> Measured:
     place.clear()
     daemon = ()
-    if backend == "hf3fs":
+    if backend in ON_KVFS:
         daemon = ("--daemon", str(json.loads(kvfs("status", "--dir", place.data, "--json"))["pid"]))
     variables = {
         "PYTHONPATH": str(HERE / "sglang_cpu"),
@@ -72,8 +77,9 @@ def measure(sglang: Environment, place: Place, backend: str, seed: int, options:
         "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(place.plain),
     }
     rounds = ("--rounds", str(options.rounds), "--pages", str(options.pages), "--seed", str(seed))
+    kind = ("--page-size", str(options.page_size), "--allocator", "shm", "--kvfs", str(place.data / "mnt"))
     done = sglang.run(
-        HERE / "sglang_pool.py", backend, options.layout, *rounds, *daemon, variables=variables, seconds=600
+        HERE / "sglang_pool.py", backend, options.layout, *rounds, *kind, *daemon, variables=variables, seconds=600
     )
     measured = msgspec.json.decode(done.stdout.splitlines()[-1], type=Measured)
     assert measured.wrote
@@ -87,11 +93,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--pages", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--layout", default="page_first")
+    parser.add_argument("--backends", default=",".join(BACKENDS))
     options = parser.parse_args()
     sglang = environment("sglang")
     root = Path(tempfile.mkdtemp(prefix="kvfs-", dir="/var/tmp"))
-    found: dict[str, list[Measured]] = {backend: [] for backend in BACKENDS}
+    backends: list[str] = options.backends.split(",")
+    found: dict[str, list[Measured]] = {backend: [] for backend in backends}
     try:
         with running(root / "kv", "--size", "8G") as data:
             place = Place(data, root / "plain", root / "config.json")
@@ -103,7 +112,7 @@ def main() -> None:
             }
             place.config.write_text(json.dumps(settings))
             for pair in range(options.pairs):
-                for backend in BACKENDS if pair % 2 else reversed(BACKENDS):
+                for backend in backends if pair % 2 else reversed(backends):
                     found[backend].append(measure(sglang, place, backend, pair, options))
     finally:
         shutil.rmtree(root)
@@ -111,12 +120,18 @@ def main() -> None:
 
 
 def print_medians(found: dict[str, list[Measured]], options: argparse.Namespace) -> None:
-    size = found["file"][0].bytes
-    print(f"{options.layout}, {size >> 20} MiB a run, medians of {options.pairs} runs each, taking turns")
-    print(f"{'':24}{'hf3fs on kvfs':>16}{'file':>16}{'kvfs/file':>12}")
+    size = next(iter(found.values()))[0].bytes
+    print(
+        f"{options.layout}, {size >> 20} MiB a run, medians of {options.pairs} runs each, taking turns; in brackets: to file"
+    )
+    print(f"{'':24}" + "".join(f"{backend:>20}" for backend in found))
     for name, figure in FIGURES.items():
-        kvfs_, file = (statistics.median(figure(run) for run in found[backend]) for backend in BACKENDS)
-        print(f"{name:24}{kvfs_:16.3f}{file:16.3f}{kvfs_ / file:12.2f}")
+        medians = {backend: statistics.median(map(figure, runs)) for backend, runs in found.items()}
+        to_file = {
+            backend: f" ({median / medians['file']:.2f})" if "file" in medians else ""
+            for backend, median in medians.items()
+        }
+        print(f"{name:24}" + "".join(f"{f'{median:.3f}{to_file[backend]}':>20}" for backend, median in medians.items()))
 
 
 if __name__ == "__main__":
