@@ -117,6 +117,12 @@ def test_random_requests_with_kvfs_killed_between(sglang: Environment, directory
     assert report.stored > 0
 
 
+def test_pools_of_a_hybrid_model(sglang: Environment, directory: Path) -> None:
+    """Only those prefixes are offered for which each pool has what it needs; clear leaves none."""
+    done = sglang.run(HERE / "sglang_hybrid.py", directory / "mnt", variables=variables())
+    assert done.stdout.endswith("as promised\n")
+
+
 def generate(sglang: Environment, model: Path, where: Path | None, *options: str, **added: str) -> list[Generated]:
     backend = ("none",) if where is None else ("kvfs",)
     place = () if where is None else ("--kvfs", where)
