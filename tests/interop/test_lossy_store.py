@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -114,4 +116,32 @@ def test_values_longer_than_a_block(place: Path) -> None:
         assert values.get([b"long"], [memoryview(into[0])]) == [False]
         assert store.evict_all([KEYS])
         assert values.exists([b"long", b"short"]) == [False, False]
+        store.close()
+
+
+def test_a_kvfs_that_hangs_answers_no_question(place: Path) -> None:
+    """Within the caller's patience; once it goes on it is used again."""
+    with running(place, "--size", "64M"):
+        store = LossyStore(place, "test/lossy", patience=0.5)
+        key = KEYS.of(b"a")
+        assert store.put([key], [b"value"]) == [1]
+        pid = int(json.loads(kvfs("status", "--dir", place, "--json"))["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert store.exists([key])[0] < 0
+            assert store.match_prefix([key]) == 0
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert up(store)
+        assert store.exists([key]) == [5]
+        store.close()
+
+
+def test_anonymous_shared_memory(place: Path) -> None:
+    """As SGLang's own allocator makes it: in place for a process that may open its own mappings."""
+    if os.geteuid() != 0:
+        pytest.skip("needs CAP_CHECKPOINT_RESTORE")
+    with running(place, "--size", "64M"):
+        store = LossyStore(place, "test/lossy")
+        assert store.share(mmap.mmap(-1, SIZE))
         store.close()
