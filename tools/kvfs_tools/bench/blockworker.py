@@ -1,6 +1,6 @@
 """One client process of `kvfs bench net`: gets blocks of one size in batches, through whatever BlockStore opens.
 
-    python -m kvfs_tools.bench.blockworker WHERE NAMESPACE put|get --size N --count N [--batch N] [--seconds S] [--seed N]
+    python -m kvfs_tools.bench.blockworker put|get WHERE [NAMESPACE] --size N --count N [--batch N] [--seconds S] [--seed N]
 
 Prints one JSON line: operations, seconds, CPU seconds of this process. Block number i holds its number in every eighth byte;
 each batch's first block is compared.
@@ -31,9 +31,9 @@ def value(size: int, number: int) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("where")
-    parser.add_argument("namespace")
     parser.add_argument("op", choices=("put", "get"))
+    parser.add_argument("where")
+    parser.add_argument("namespace", nargs="?", default="default")
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--batch", type=int, default=64)

@@ -127,6 +127,7 @@ class ChunkServer:
         self.root = root
         self.port, self.admin = free_port(), free_port()
         self.socket = root / "ring.sock"
+        self.store = root / "store.kvfs"
         self.size = size
         self.cluster = root / "cluster.toml"
         tenant, name = NAMESPACE.split("/")
@@ -138,20 +139,31 @@ class ChunkServer:
 
     @property
     def url(self) -> str:
-        return f"kvfs://127.0.0.1:{self.port}"
+        return f"kvfs://127.0.0.1:{self.port}/{NAMESPACE}"
 
     @contextlib.contextmanager
     def running(self, memory: int) -> Generator[int]:
         config = self.root / "chunk.toml"
         config.write_text(
             f'cluster = "{self.cluster}"\nlisten = ["tcp://127.0.0.1:{self.port}"]\nadmin = "127.0.0.1:{self.admin}"\n\n'
-            f'[[device]]\npath = "{self.root / "store.kvfs"}"\nsize = {self.size}\nmemory = {memory}\nsocket = "{self.socket}"\n'
+            f'[[device]]\npath = "{self.store}"\nsize = {self.size}\nmemory = {memory}\n'
         )
         log = self.root / "server.log"
         command = [sys.executable, "-m", "kvfs", "serve", "chunk", "--config", str(config)]
         with _process(command, log) as process:
             _await("the chunk server", process, log, self._ready)
             yield process.pid
+
+    @contextlib.contextmanager
+    def ring(self) -> Generator[None]:
+        """The same store, while no server has it, over its own ring."""
+        log = self.root / "ring.log"
+        command = [sys.executable, "-m", "kvfs_tools.bench.ringhost", str(self.store), str(self.socket), NAMESPACE, "1"]
+        with _process(command, log, piped=True) as process:
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != b"ready":
+                raise BenchError(f"the store cannot be opened: {log.read_text(errors='replace')[-300:]}")
+            yield
 
     def _ready(self) -> bool:
         try:
@@ -171,8 +183,8 @@ class Workers:
     def run(
         self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
     ):
-        where = self.server.url if remote else str(self.server.socket)
-        command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", where, NAMESPACE, op]
+        where = [self.server.url] if remote else [str(self.server.socket), NAMESPACE]
+        command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", op, *where]
         command += ["--size", str(size), "--count", str(count), "--batch", str(batch)]
         command += ["--seconds", f"{seconds:g}", "--seed", str(seed)]
         self.say(" ".join(command))
@@ -354,20 +366,25 @@ def _from_memory(b: _Bench) -> list[Row]:
 
 
 def _disk_round(b: _Bench, number: int, count: int) -> dict[str, float | None]:
-    return in_turn(
-        number,
-        {
-            "remote": lambda: b.get(KB4, count, BATCH, number).per_s,
-            "local": lambda: b.get(KB4, count, BATCH, number, remote=False).per_s,
-        },
-    )
+    server = b.workers.server
+
+    def remote() -> float:
+        with server.running(0):
+            return b.get(KB4, count, BATCH, number).per_s
+
+    def local() -> float:
+        with server.ring():
+            return b.get(KB4, count, BATCH, number, remote=False).per_s
+
+    return in_turn(number, {"remote": remote, "local": local})
 
 
 def _from_disk(b: _Bench) -> Row:
     plan = b.plan
     count = plan.cold // KB4
     b.listen.step("putting the blocks that are read from disk")
-    b.workers.run("put", KB4, count, batch=BATCH)
+    with b.workers.server.running(0):
+        b.workers.run("put", KB4, count, batch=BATCH)
     pairs: Pairs = []
     for number in range(plan.rounds):
         b.listen.step(f"round {number + 1} of {plan.rounds}: from disk")
@@ -388,8 +405,7 @@ def bench_net(beside: Path, plan: NetPlan, *, mooncake: Path | None = None, list
         b = _Bench(plan, Workers(server, listen.command), root, peer, listen)
         with server.running(plan.memory) as b.server:
             rows = _from_memory(b)
-        with server.running(0) as b.server:
-            rows.append(_from_disk(b))
+        rows.append(_from_disk(b))
     spent = statistics.median(mine for mine, _ in next(row for row in rows if row.name == "net-cpu").rounds)
     notes = [
         f"One chunk server with one device, one client process; {plan.hot >> 20} MiB of blocks in memory, {plan.cold >> 20} MiB on disk.",
