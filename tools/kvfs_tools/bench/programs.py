@@ -81,8 +81,10 @@ def output(command: Sequence[str], timeout: float, environ: Mapping[str, str] | 
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False, env=environ
         )
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"{name} did not end within {timeout:.0f} s: {shlex.join(command)}") from None
+    except subprocess.TimeoutExpired as e:
+        said = ((e.stderr or b"") + (e.stdout or b"")).decode(errors="replace").strip().splitlines()
+        last = f"; it said: {said[-1][:300]}" if said else ""
+        raise BenchError(f"{name} did not end within {timeout:.0f} s: {shlex.join(command)}{last}") from None
     except OSError as e:
         raise BenchError(f"{name} cannot be started: {e.strerror}") from e
     # ring_bench exits 1 with its line when operations failed; the line says it better.
