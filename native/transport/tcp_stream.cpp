@@ -94,7 +94,7 @@ bool TcpStream::receive_pieces() {
     return true;
   }
   KVFS_CHECK(!recv_busy_);
-  uint32_t n = 0;
+  uint32_t n = 0, room = kRecvBytes;
   const auto put = [&](uint8_t* p, uint32_t len) {
     if (n > 0 && static_cast<uint8_t*>(recv_iov_[n - 1].iov_base) + recv_iov_[n - 1].iov_len == p) {
       recv_iov_[n - 1].iov_len += len;
@@ -102,9 +102,10 @@ bool TcpStream::receive_pieces() {
       recv_iov_[n++] = {p, len};
     }
   };
-  for (size_t i = piece_; i < pieces_.size() && n < kRecvIov; ++i) {
+  for (size_t i = piece_; i < pieces_.size() && n < kRecvIov && room > 0; ++i) {
     const uint32_t skip = i == piece_ ? piece_done_ : 0;
-    uint32_t left = pieces_[i].len - skip;
+    uint32_t left = std::min(pieces_[i].len - skip, room);
+    room -= left;
     if (pieces_[i].ptr != nullptr) {
       put(pieces_[i].ptr + skip, left);
       continue;

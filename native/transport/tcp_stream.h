@@ -21,6 +21,7 @@ class TcpStream {
  public:
   static constexpr uint32_t kStage = 8192;         // bytes received at once while a header is expected
   static constexpr uint32_t kRecvIov = 512;        // pieces of payload received at once
+  static constexpr uint32_t kRecvBytes = 1 << 20;  // of them: what is checked next should still be in the CPU's cache
   static constexpr uint32_t kSendIov = 1024;       // IOV_MAX
   static constexpr uint32_t kSinkBytes = 32768;    // where payload goes that nobody wants
   static constexpr uint32_t kMetaBytes = 131072;   // headers and records of one send
