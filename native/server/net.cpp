@@ -13,6 +13,7 @@
 
 #include "../store/checksum.h"
 #include "net_listener.h"
+#include "net_rdma.h"
 #include "net_server.h"
 #include "node.h"
 
@@ -61,7 +62,8 @@ bool name_boot(std::array<uint8_t, 16>* out) {
 struct kvfs_server {
   std::vector<kvfs_node*> nodes;
   std::vector<std::unique_ptr<NetServer>> servers;  // made, used and destroyed on their nodes' reactors
-  std::unique_ptr<NetListener> listener;
+  std::unique_ptr<RdmaServing> rdma;
+  std::unique_ptr<NetListener> listener;  // its hooks are of `rdma`
 
   void end();
 };
@@ -76,8 +78,9 @@ void kvfs_server::end() {
   }
   for (const auto& box : left) box->get();
   for (size_t i = 0; i < servers.size(); ++i) {
-    in_reactor(nodes[i]->reactor, [r = nodes[i]->reactor, s = &servers[i]] {
+    in_reactor(nodes[i]->reactor, [r = nodes[i]->reactor, s = &servers[i], rdma = rdma.get(), i] {
       r->remove_source(s->get());
+      if (rdma != nullptr) rdma->end(uint32_t(i));  // before the buffers that its devices know
       s->reset();
       return true;
     });
@@ -121,6 +124,7 @@ int kvfs_server_start(const kvfs_server_config* cfg, kvfs_server** out, char* er
     targets.push_back({n->reactor, made.get()});
     s->servers.push_back(std::move(made));
   }
+  s->rdma = std::make_unique<RdmaServing>(targets);
   s->listener = std::make_unique<NetListener>(std::move(targets), cfg->auth_key, opt);
   s->listener->set_map(map);
   if (const Status st = s->listener->start(); st.err != 0) return s->end(), fail(st, err, err_len);
@@ -131,7 +135,8 @@ int kvfs_server_start(const kvfs_server_config* cfg, kvfs_server** out, char* er
 int kvfs_server_listen(kvfs_server* s, const char* url, char* err, size_t err_len) {
   if (s == nullptr || url == nullptr) return -EINVAL;
   std::string why;
-  const int port = s->listener->listen_tcp(url, &why);
+  const bool rdma = strncmp(url, "rdma:", 5) == 0;
+  const int port = rdma ? s->rdma->listen(url, s->listener.get(), &why) : s->listener->listen_tcp(url, &why);
   return port >= 0 ? port : fail({-port, why}, err, err_len);
 }
 
@@ -161,6 +166,7 @@ int kvfs_server_stats(kvfs_server* s, kvfs_net_stats* out) {
     });
   }
   s->listener->add_stats(out);
+  s->rdma->add_stats(out);
   return 0;
 }
 

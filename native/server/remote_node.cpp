@@ -3,11 +3,13 @@
 
 #include <sys/random.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 
 #include "../remote/connector.h"
+#include "../remote/rdma_transport.h"
 #include "../remote/tcp_transport.h"
 #include "node.h"
 
@@ -17,6 +19,20 @@ namespace {
 constexpr uint8_t kClassCache = 1, kClassDurable = 2;  // MapNamespace::cls
 constexpr uint32_t kMaxRemoteConnections = 16;         // per rail
 constexpr uint32_t kMinDeadlineMs = 100;
+constexpr uint32_t kTcpOnly = 1, kRdmaOnly = 2;  // kvfs_remote_config::transport
+
+// Every target has an endpoint that one of our ports can reach.
+bool reaches_all(RdmaTransport* rdma, const wire::ClusterMap& map, std::string* why) {
+  for (const wire::MapTarget& t : map.targets) {
+    const bool reached = std::any_of(t.endpoint, t.endpoint + t.endpoints, [&](const wire::MapEndpoint& e) {
+      return e.transport == uint8_t(wire::Transport::Rdma) && !rdma->routes(e).empty();
+    });
+    if (reached) continue;
+    *why = "target " + std::to_string(t.id) + " has no rdma:// endpoint that this host's RDMA ports can reach";
+    return false;
+  }
+  return true;
+}
 
 // Those of files are opened by descriptor, not by name.
 void make_known(const wire::ClusterMap& map, Namespaces* namespaces) {
@@ -61,6 +77,14 @@ Status RemoteNode::open(Uring* uring, Namespaces* namespaces, std::unique_ptr<St
   c.features = wire::kFeatures & ~(data_sums_ ? uint64_t{0} : wire::kDataSums);
   auto connector = std::make_unique<Connector>(uring, std::move(c));
   connector->add(std::make_unique<TcpTransport>(uring));
+  if (opt_.peer.transport != kTcpOnly) {
+    std::string why;
+    std::unique_ptr<RdmaTransport> rdma = RdmaTransport::open(uring, rails_, &why);
+    const bool must = opt_.peer.transport == kRdmaOnly;
+    if (rdma == nullptr && must) return {ENODEV, why};
+    if (must && !reaches_all(rdma.get(), opt_.map, &why)) return {EHOSTUNREACH, why};
+    if (rdma != nullptr) connector->add(std::move(rdma));
+  }
   Status s = connector->init();
   if (s.err != 0) return s;
   make_known(opt_.map, namespaces);

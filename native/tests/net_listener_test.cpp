@@ -389,6 +389,16 @@ TEST_F(NetListenerTest, AddressesThatAreNoneAreRefusedWithAReason) {
   EXPECT_EQ(n, int(kMaxListeners));
 }
 
+TEST_F(NetListenerTest, WhatIsMissingForRdmaIsSaid) {
+  serve();
+  char err[256] = "";
+  EXPECT_EQ(kvfs_server_listen(server_, "rdma://host:1", err, sizeof err), -EINVAL);
+  // An address of no host: neither without RDMA devices nor with them can it be listened on.
+  EXPECT_LT(kvfs_server_listen(server_, "rdma://192.0.2.1:0", err, sizeof err), 0);
+  EXPECT_NE(std::string(err).find("RDMA"), std::string::npos) << err;
+  EXPECT_GT(kvfs_server_listen(server_, "tcp://127.0.0.1:0", err, sizeof err), 0) << err;
+}
+
 TEST_F(NetListenerTest, TheServerStopsWhileClientsSend) {
   serve();
   std::atomic<bool> over{false};

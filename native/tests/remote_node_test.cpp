@@ -267,6 +267,12 @@ TEST_F(RemoteNodeTest, StartsThatCannotWorkSayWhy) {
   kvfs_node_config c{};
   c.remote = &r;
   EXPECT_EQ(kvfs_node_start(&c, &node_, err, sizeof err), -EPROTO);
+  map = map_bytes(map_);
+  r.map = map.data();
+  r.map_bytes = map.size();
+  r.transport = 2;  // to servers that have TCP alone
+  EXPECT_LT(kvfs_node_start(&c, &node_, err, sizeof err), 0);
+  EXPECT_NE(std::string(err).find("RDMA"), std::string::npos) << err;
   c.data_path = "x";
   EXPECT_EQ(kvfs_node_start(&c, &node_, err, sizeof err), -EINVAL);
 }

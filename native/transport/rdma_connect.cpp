@@ -241,6 +241,10 @@ RdmaListener::~RdmaListener() {
 
 uint16_t RdmaListener::port() const { return ntohs(verbs_.get_src_port(id_)); }
 
+std::string RdmaListener::device() const {
+  return id_->verbs != nullptr ? verbs_.get_device_name(id_->verbs->device) : "";
+}
+
 void RdmaListener::take(const std::function<void(RdmaIncoming)>& incoming) {
   rdma_cm_event* e = nullptr;
   for (unsigned i = 0; i < kEvents && verbs_.get_cm_event(events_, &e) == 0; ++i) {

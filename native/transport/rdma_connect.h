@@ -63,6 +63,7 @@ class RdmaListener {
 
   int fd() const { return events_->fd; }  // readable: take() has something to do; nonblocking
   uint16_t port() const;
+  std::string device() const;  // that has the address; empty: the address is that of all
   // Gives what has come, at most kEvents, to `incoming`; requests that are not well-formed are rejected.
   void take(const std::function<void(RdmaIncoming)>& incoming);
   uint64_t malformed() const { return malformed_; }

@@ -4,6 +4,7 @@
 
 #include <netinet/in.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -89,7 +90,7 @@ class RdmaDevice {
   const ibv_device_attr& attr() const { return attr_; }
   RdmaMemory& memory() { return *memory_; }
   Role role() const { return role_; }
-  bool dead() const { return dead_; }  // a fatal error: nothing works any more
+  bool dead() const { return dead_; }  // a fatal error: nothing works any more. Any thread
 
   // Null: the device has none, or this is a client's.
   ibv_srq* srq() const { return srq_; }
@@ -130,7 +131,7 @@ class RdmaDevice {
   std::unique_ptr<RdmaMemory> memory_;
   Uring* uring_ = nullptr;
   int poll_ = -1;
-  bool dead_ = false;
+  std::atomic<bool> dead_{false};
   std::vector<RdmaConnection*> connections_;
   std::vector<Buried> buried_;
 };
