@@ -176,7 +176,8 @@ async def _server(config: ChunkConfig, nodes: Sequence[Node], cluster: ClusterMa
             try:
                 port = server.listen(url)
             except OSError as e:
-                raise ServerError(f"{url}: {e.strerror}") from e
+                said = e.strerror or ""
+                raise ServerError(said if said.startswith(url) else f"{url}: {said}") from e
             log.info("listening", url=url, port=port)
         yield server
     finally:
