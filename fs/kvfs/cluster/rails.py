@@ -169,7 +169,8 @@ def _rank(gid: Gid) -> tuple[int, int]:
 
 def choose(port: Port, patterns: list[str]) -> Port:
     """The port with what would be done with it: by default all active ones are used."""
-    if patterns and not any(fnmatch.fnmatchcase(port.device, p) for p in patterns):
+    names = [port.device, f"{port.device}/{port.port}", *{gid.netdev for gid in port.gids if gid.netdev}]
+    if patterns and not any(fnmatch.fnmatchcase(name, p) for name in names for p in patterns):
         why = f"no pattern of {','.join(patterns)} names it"
     elif port.state != "active":
         why = f"the port is {port.state}"
@@ -182,7 +183,7 @@ def choose(port: Port, patterns: list[str]) -> Port:
 
 
 def examine(patterns: str = "", *, packages: Path = DIST_PACKAGES, sysfs: Path = SYSFS) -> RailsReport:
-    """All ports; `patterns` as in `remote.rails`: comma-separated, of device names."""
+    """All ports; `patterns` as in `remote.rails`: comma-separated, of devices, DEVICE/PORT or network devices."""
     wanted = [p.strip() for p in patterns.split(",") if p.strip()]
     source: Literal["pyverbs", "sysfs"] = "pyverbs"
     note = ""
