@@ -226,7 +226,9 @@ void Peer::net_done(NetOp* n) {
     c->rail->works();
     c->proven = true;
   }
-  if (c->ending || c->channel->error() != 0) self->attention_ = true;
+  // Asked again it would say the same, at once: other connections may do without.
+  if (!n->answered && n->result == -ENOMEM) c->memoryless = true;
+  if (c->ending || c->memoryless || c->channel->error() != 0) self->attention_ = true;
   op->conn = nullptr;
   self->host_->came_back(op);
 }
@@ -297,7 +299,7 @@ uint64_t Peer::step_connections(Rail* r, uint64_t now) {
   for (size_t i = 0; i < r->connections.size();) {
     Connection* c = r->connections[i].get();
     ClientChannel* ch = c->channel.get();
-    if (!c->ending && ch->error() != 0) broke(c, now);
+    if (!c->ending && (ch->error() != 0 || c->memoryless)) broke(c, now);
     if (!c->ending && !c->proven && ch->heard_ns() > c->made_ns) c->proven = true;
     if (!c->ending && c->proven && r->down && ch->heard_ns() > c->made_ns) {
       r->down = false;

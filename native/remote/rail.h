@@ -19,11 +19,12 @@ struct Connection {
   uint32_t ops = 0;    // submitted and not back
   uint64_t bytes = 0;  // their payloads
   uint64_t made_ns = 0;
-  uint64_t since_ns = 0;   // since when it has had something to do without a break
-  uint64_t pinged_ns = 0;  // last
-  bool proven = false;     // the server has said something on it
-  bool ending = false;     // broken or closed: it goes when nothing refers to it
-  bool touched = false;    // something was submitted since the last flush
+  uint64_t since_ns = 0;    // since when it has had something to do without a break
+  uint64_t pinged_ns = 0;   // last
+  bool proven = false;      // the server has said something on it
+  bool ending = false;      // broken or closed: it goes when nothing refers to it
+  bool memoryless = false;  // it can't get at the memory of an operation: no more can be locked
+  bool touched = false;     // something was submitted since the last flush
 };
 
 struct Rail {

@@ -317,6 +317,10 @@ void SimChannel::flush(uint32_t map_version) {
   net_->largest_frame = std::max<uint64_t>(net_->largest_frame, submitted_.size());
   const uint64_t delay = net_->latency();
   for (NetOp* op : submitted_) {
+    if (server->memoryless.contains(port) && op->desc.len != 0) {
+      give_back(op, -ENOMEM, false, false);
+      continue;
+    }
     const uint64_t no = ++next_;
     Flight& f = flights_[no];
     f.op = op;

@@ -44,8 +44,9 @@ struct SimServer {
   uint32_t map_version = 1;
   uint32_t max_ops = 64, max_batch = 16;
   uint64_t max_in = 16u << 20;
-  int refuse = 0;          // -errno for whoever says hello
-  std::set<uint16_t> cut;  // ports behind which nothing passes any more
+  int refuse = 0;                 // -errno for whoever says hello
+  std::set<uint16_t> cut;         // ports behind which nothing passes any more
+  std::set<uint16_t> memoryless;  // ports whose connections can't get at the memory of operations
   std::map<uint64_t, std::shared_ptr<SimSession>> sessions;
   std::map<std::string, Bytes> mem, disk;  // chunks: now, and after a restart
   std::map<uint64_t, int> executed;        // writes by their first eight bytes, of this boot

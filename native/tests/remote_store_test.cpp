@@ -371,6 +371,20 @@ TEST(RemoteStore, ARailThatGoesSilentIsLeftAndUsedAgainWhenItIsBack) {
   EXPECT_GT(rail(h, 0, 0).ops, used);
 }
 
+TEST(RemoteStore, AConnectionThatCannotReachMemoryIsLeftForOthers) {
+  RemoteHarness h(1, 2);
+  ASSERT_EQ(h.store->start().err, 0);
+  h.pass(kSecond);
+  h.server(0).memoryless.insert(1000);
+  const uint64_t begin = h.net->now;
+  for (uint64_t n = 1; n <= 40; ++n) ASSERT_EQ(h.put(block_key(n, kNs), pattern(n, 5000)), 1);
+  EXPECT_LT(h.net->now - begin, 5 * kSecond) << "long before the deadline";
+  EXPECT_GT(rail(h, 0, 0).failures, 0u);
+  h.server(0).memoryless.clear();
+  h.pass(10 * kSecond);
+  EXPECT_EQ(rail(h, 0, 0).live(), 2u);
+}
+
 // ---- failures
 
 TEST(RemoteStore, AHungServerCostsTheDeadlineAndNoMore) {
