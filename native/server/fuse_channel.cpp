@@ -102,6 +102,10 @@ void FuseChannel::stop() {
   }
 }
 
+void FuseChannel::tell_memory(Store* store, bool add) const {
+  for (unsigned i = 0; i < kSlots; ++i) store->memory(slots_[i].data, kSlotData, add);
+}
+
 void FuseChannel::on_kernel(void* self, uint32_t) { static_cast<FuseChannel*>(self)->kernel_ready_ = true; }
 void FuseChannel::on_daemon(void* self, uint32_t) { static_cast<FuseChannel*>(self)->daemon_ready_ = true; }
 

@@ -56,6 +56,7 @@ class FuseChannel {
   // No request is read any more.
   void stop();
   bool idle() const { return used_ == 0; }
+  void tell_memory(Store* store, bool add) const;  // of its slots: Store::memory
   // The end of an operation of slot `slot`, from the reactor.
   void done(uint64_t slot, int64_t result);
 

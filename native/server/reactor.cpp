@@ -533,11 +533,17 @@ void Reactor::moved(void* self, uint64_t ino) {
   if (InodeRef i = r->inodes_->find(ino)) r->note_landed(i);
 }
 
+void Reactor::set_fuse(FuseChannel* f) {
+  fuse_ = f;
+  fuse_->tell_memory(store_, true);
+}
+
 void Reactor::close_fuse(std::function<void()> done) {
   if (fuse_ == nullptr) return done();
   fuse_->stop();
   closing_.push_back([this, done = std::move(done)] {
     if (!fuse_->idle()) return false;
+    fuse_->tell_memory(store_, false);
     fuse_ = nullptr;
     done();
     return true;

@@ -166,7 +166,7 @@ class Reactor {
     dispatch(r, s);
     lender_ = nullptr;
   }
-  void set_fuse(FuseChannel* f) { fuse_ = f; }
+  void set_fuse(FuseChannel* f);
   void close_fuse(std::function<void()> done);
   void close_file(InodeRef inode);  // one reference of the table, once writes under way have ended
   void answered(uint64_t upcall, int err);

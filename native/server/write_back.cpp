@@ -42,12 +42,15 @@ WriteBack::WriteBack(Store* store, uint64_t budget, const Listener& listener)
     flushes_[i].owner = this;
     flushes_[i].buffer = memory_ + page_limit_ * kDirtyPage + i * uint64_t{kFileChunk};
     buffers_.push_back(&flushes_[i]);
+    store_->memory(flushes_[i].buffer, kFileChunk, true);
   }
 }
 
 WriteBack::~WriteBack() {
   KVFS_CHECK(inodes_.empty());
-  if (memory_ != nullptr) munmap(memory_, memory_bytes_);
+  if (memory_ == nullptr) return;
+  for (unsigned i = 0; i < kFlushes; ++i) store_->memory(flushes_[i].buffer, kFileChunk, false);
+  munmap(memory_, memory_bytes_);
 }
 
 // Each chunk that waits may need a new slot while its old one is still kept for a crash.
