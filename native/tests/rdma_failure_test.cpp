@@ -346,5 +346,22 @@ TEST_F(RdmaFailureTest, APulledCableEndsItsRailAndNotTheOther) {
   }
 }
 
+TEST_F(RdmaFailureTest, AClientThatIsGoneWithoutAWordIsNoticed) {
+  ServerChannel* idle = servers.back().get();
+  ASSERT_EQ(cable(0, "down"), 0);
+  const bool ended = turn_until([&] { return handler.ends.contains(idle); }, 60);
+  EXPECT_EQ(cable(0, "up"), 0);
+  ASSERT_TRUE(turn_until([&] { return client_device[0]->port_active(1); }));
+  ASSERT_TRUE(ended);
+  EXPECT_EQ(handler.ends.at(idle), -ETIMEDOUT);
+}
+
+TEST_F(RdmaFailureTest, AClientThatOnlyWaitsIsNotTakenForGone) {
+  const uint64_t until = clock_now() + RdmaServerChannel::kProbeNs * 5 / 4;
+  ASSERT_TRUE(turn_until([&] { return clock_now() > until; }, 60));
+  EXPECT_TRUE(handler.ends.empty());
+  EXPECT_EQ(clients[0]->error(), 0);
+}
+
 }  // namespace
 }  // namespace kvfs

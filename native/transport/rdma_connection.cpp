@@ -231,6 +231,13 @@ void RdmaConnection::write(const void* from, uint32_t lkey, uint32_t len, uint64
   add(&wr, what, -1, signal);
 }
 
+void RdmaConnection::probe(void* what) {
+  ibv_send_wr& wr = chain_[chain_len_] = {};
+  chain_sges_[chain_len_] = {uintptr_t(sends_.base()), 0, sends_.mr()->lkey};
+  wr.opcode = IBV_WR_RDMA_WRITE;
+  add(&wr, what, -1, true);
+}
+
 void RdmaConnection::post(bool signal) {
   if (chain_len_ == 0) return;
   if (signal) {

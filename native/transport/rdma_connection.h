@@ -80,6 +80,8 @@ class RdmaConnection {
   void send(uint32_t frame, uint32_t len, void* what, bool signal);
   void read(void* to, uint32_t lkey, uint32_t len, uint64_t from, uint32_t rkey, void* what, bool signal);
   void write(const void* from, uint32_t lkey, uint32_t len, uint64_t to, uint32_t rkey, void* what, bool signal);
+  // Nothing, written to nowhere: the peer's device answers, or `what` is not done and the connection ends.
+  void probe(void* what);
   void post(bool signal = false);  // signal: the last of them asks for a completion
 
   RdmaDevice& device() { return device_; }

@@ -51,6 +51,7 @@ RdmaServerChannel::~RdmaServerChannel() {
 
 void RdmaServerChannel::start() {
   started_ = true;
+  heard_ = true;
   if (const int err = connection_->start(uring_, *this); err != 0) connection_->fail(err);
 }
 
@@ -62,6 +63,7 @@ const ChannelCounters& RdmaServerChannel::counters() const {
 // ---------------------------------------------------------------- requests
 
 void RdmaServerChannel::on_received(const uint8_t* message, uint32_t len) {
+  heard_ = true;
   if (finishing_) return;
   wire::FrameHeader h;
   if (len < sizeof h) return finish(-EPROTO);
@@ -289,8 +291,11 @@ RdmaServerChannel::Sent* RdmaServerChannel::new_sent(Sent::Kind kind) {
 
 void RdmaServerChannel::on_sent(void* what, bool ok) {
   auto* s = static_cast<Sent*>(what);
+  heard_ |= ok;
   if (s->kind == Sent::Kind::Read) {
     read_done(s->op, ok);
+  } else if (s->kind == Sent::Kind::Probe) {
+    probing_ = false;
   } else {
     --frames_out_;
     while (s->ops.head != nullptr) drop(s->ops.pop());
@@ -320,6 +325,7 @@ void RdmaServerChannel::drop(ServerOp* op) {
 void RdmaServerChannel::on_turn(uint64_t now) {
   start_reads();
   send_replies();
+  probe_silent(now);
   if (!finishing_ || connection_->failing()) return;
   // A peer that breaks the rules is told why, and what was answered before gets its time to leave.
   if (finish_err_ != 0 && !bye_sent_ && control(wire::Type::Bye, uint64_t(-finish_err_))) {
@@ -328,6 +334,16 @@ void RdmaServerChannel::on_turn(uint64_t now) {
   }
   if (!sending() || now >= finish_ns_) return connection_->fail(finish_err_);
   connection_->wake_at(finish_ns_);
+}
+
+void RdmaServerChannel::probe_silent(uint64_t now) {
+  if (std::exchange(heard_, false)) heard_ns_ = now;
+  if (probing_ || finishing_ || connection_->failing()) return;
+  if (now < heard_ns_ + kProbeNs) return connection_->wake_at(heard_ns_ + kProbeNs);
+  if (!connection_->room(1)) return;  // what is under way says as much
+  probing_ = true;
+  connection_->probe(new_sent(Sent::Kind::Probe));
+  connection_->post();
 }
 
 void RdmaServerChannel::finish(int err) {

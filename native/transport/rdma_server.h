@@ -24,6 +24,8 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
  public:
   static constexpr uint32_t kFrameBytes = 256u << 10;  // payload after which an answer leaves, though more is ready
   static constexpr uint64_t kByeNs = 200'000'000;      // for the last answers to leave
+  // Of silence until the client's device is asked for a sign: who is gone without a word would keep its session for ever.
+  static constexpr uint64_t kProbeNs = 10'000'000'000;
 
   // The connection is fresh from RdmaIncoming::accept. What ChannelHandler::buffer gives, and what is replied from, lies in
   // ranges that are declared to the connection's device.
@@ -56,7 +58,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   };
   // A request that was posted; what on_sent() is told of.
   struct Sent {
-    enum class Kind : uint8_t { Read, Frame, Control } kind = Kind::Control;
+    enum class Kind : uint8_t { Read, Frame, Control, Probe } kind = Kind::Control;
     ServerOp* op = nullptr;  // Read
     List ops;                // Frame: those that it answers
     Sent* next = nullptr;    // free list
@@ -85,6 +87,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   bool control(wire::Type type, uint64_t number);
   void settle(ServerOp* op);
   void drop(ServerOp* op);
+  void probe_silent(uint64_t now);
   void finish(int err);
   void drop_replies();
   Sent* new_sent(Sent::Kind kind);
@@ -105,6 +108,9 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   std::vector<Open> open_;
   Sent* free_sent_ = nullptr;
   uint64_t pong_ = 0;
+  uint64_t heard_ns_ = 0;  // when the client, or its device, last gave a sign
+  bool heard_ = false;     // since that was set
+  bool probing_ = false;
   bool pong_waits_ = false;
   bool finishing_ = false, bye_sent_ = false, ended_ = false, said_ended_ = false;
   int finish_err_ = 0;
