@@ -72,7 +72,7 @@ class RemoteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds until an operation that no server has answered fails with ETIMEDOUT."""
     data_sums: bool = True
     rails: str = ""
-    """Comma-separated patterns of RDMA devices; empty: all that are active."""
+    """Comma-separated patterns of RDMA devices, DEVICE/PORT or network devices; empty: all."""
 
 
 class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
