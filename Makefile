@@ -101,7 +101,8 @@ test-python: setup
 test-posix: setup $(STAMPS)/apt-suites
 	$(BIN)/python -m pytest --timeout=900 -rs tests/posix tests/suites $(PYTEST_ARGS)
 
-test-rdma: setup $(STAMPS)/apt-rdma
+test-rdma: setup
+	@$(MAKE) --no-print-directory $(STAMPS)/apt-rdma || echo "packages are missing: the tests that need them are skipped"
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release >build/native.log || { cat build/native.log; exit 1; }
 	cmake --build build/native -j $(JOBS) --target rdma_test rdma_failure_test rdma_bench
 	$(BIN)/python -m pytest --timeout=300 -rs tests/rdma_vm $(PYTEST_ARGS)

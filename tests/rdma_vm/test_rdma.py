@@ -13,14 +13,6 @@ import vm
 BUILD = Path(os.environ.get("KVFS_NATIVE_BUILD", vm.REPOSITORY / "build" / "native"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def machine() -> None:
-    try:
-        vm.prepare()
-    except vm.Unavailable as why:
-        pytest.skip(f"no virtual machine with RDMA: {why}")
-
-
 def passed(output: str) -> int:
     found = re.search(r"\[  PASSED  \] (\d+) tests?\.", output)
     return int(found[1]) if found is not None and "[  SKIPPED ]" not in output else 0
