@@ -104,7 +104,7 @@ test-posix: setup $(STAMPS)/apt-suites
 test-rdma: setup
 	@$(MAKE) --no-print-directory $(STAMPS)/apt-rdma || echo "packages are missing: the tests that need them are skipped"
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release >build/native.log || { cat build/native.log; exit 1; }
-	cmake --build build/native -j $(JOBS) --target rdma_test rdma_failure_test rdma_bench
+	cmake --build build/native -j $(JOBS) --target rdma_test rdma_failure_test rdma_node_test rdma_bench
 	$(BIN)/python -m pytest --timeout=300 -rs tests/rdma_vm $(PYTEST_ARGS)
 
 # Their environments are kept in INTEROP_CACHE. The wheel is built as a user would build it.
