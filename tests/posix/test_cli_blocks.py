@@ -199,7 +199,7 @@ def test_mount_serves_an_existing_directory(tmp_path: Path) -> None:
     ("url", "says"),
     [
         ("http://x/y", "is not kvfs:///PATH"),
-        ("kvfs://host/data", "only this machine's"),
+        ("kvfs://host/data", "is not kvfs://HOST:PORT,HOST:PORT/TENANT/NAME"),
         ("kvfs://", "names no data directory"),
         ("kvfs:///data?x=1", "is not kvfs:///PATH"),
     ],

@@ -96,7 +96,7 @@ def test_config_prints_what_will_be_used(tmp_path: Path) -> None:
     result = runner.invoke(app, ["config", "-c", str(file)], env={"KVFS_STORE_MEMORY": "64M"})
     assert result.exit_code == 0
     shown = json.loads(result.stdout)
-    assert (shown["dir"], shown["store"]) == ("/data", {"size": 1 << 30, "memory": 64 << 20})
+    assert (shown["dir"], shown["store"]) == ("/data", {"size": 1 << 30, "memory": 64 << 20, "shared": 4 << 30})
 
 
 def test_wrong_config_exits_1_with_one_line(tmp_path: Path) -> None:
