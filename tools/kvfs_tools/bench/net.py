@@ -28,7 +28,7 @@ from kvfs_tools.bench.programs import SLACK_S, BenchError, output
 from kvfs_tools.bench.report import Report, Row, Target, summarise
 from kvfs_tools.bench.scratch import machine, scratch_directory
 
-BATCH, BIG_BATCH, BIG_FLIGHT = 64, 8, 2
+BATCH, BIG_BATCH = 64, 16
 START_S = 60.0
 STOP_S = 30.0
 NAMESPACE: Final = "bench/net"
@@ -181,21 +181,11 @@ class Workers:
     say: Callable[[str], None]
 
     def run(
-        self,
-        op: str,
-        size: int,
-        count: int,
-        *,
-        batch: int,
-        flight: int = 1,
-        seconds: float = 0.0,
-        seed: int = 0,
-        remote: bool = True,
+        self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
     ):
         where = [self.server.url] if remote else [str(self.server.socket), NAMESPACE]
         command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", op, *where]
         command += ["--size", str(size), "--count", str(count), "--batch", str(batch)]
-        command += ["--flight", str(flight)]
         command += ["--seconds", f"{seconds:g}", "--seed", str(seed)]
         self.say(" ".join(command))
         return msgspec.json.decode(output(command, seconds + 5 * SLACK_S), type=Result)
@@ -281,10 +271,8 @@ class _Bench:
     listen: Listener
     server: int = 0  # its process
 
-    def get(self, size: int, count: int, batch: int, seed: int, *, flight: int = 1, remote: bool = True) -> Result:
-        return self.workers.run(
-            "get", size, count, batch=batch, flight=flight, seconds=self.plan.seconds, seed=seed, remote=remote
-        )
+    def get(self, size: int, count: int, batch: int, seed: int, *, remote: bool = True) -> Result:
+        return self.workers.run("get", size, count, batch=batch, seconds=self.plan.seconds, seed=seed, remote=remote)
 
     def with_server(self, size: int, count: int, batch: int, seed: int) -> float:
         """CPU seconds per get, of client and server."""
@@ -322,8 +310,8 @@ def _memory_round(b: _Bench, number: int, small: int, big: int) -> dict[str, flo
     found |= in_turn(
         number,
         {
-            "big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number, flight=BIG_FLIGHT).per_s),
-            "peer big": lambda: of_bytes(b.peer(MB1, big, BIG_BATCH * BIG_FLIGHT, number)),
+            "big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number).per_s),
+            "peer big": lambda: of_bytes(b.peer(MB1, big, BIG_BATCH, number)),
             "plain": lambda: plain(b.root, b.plan.seconds, b.listen.command) / 1e6,
         },
     )
@@ -354,7 +342,7 @@ def _from_memory(b: _Bench) -> list[Row]:
     def pairs(mine: str, other: str) -> Pairs:
         return [(found[mine] or 0.0, found[other]) for found in rounds]
 
-    what = f"1 MiB gets from memory over TCP loopback, {BIG_FLIGHT} batches of {BIG_BATCH} under way"
+    what = f"1 MiB gets from memory over TCP loopback, batches of {BIG_BATCH}"
     return [
         summarise(
             "net-4k",
@@ -365,14 +353,7 @@ def _from_memory(b: _Bench) -> list[Row]:
             pairs("small", "peer small"),
         ),
         summarise("net-1m", what, "MB/s", "iperf3, messages of 1 MiB", Target(0.85), pairs("big", "plain")),
-        summarise(
-            "net-1m-mooncake",
-            "the same",
-            "MB/s",
-            f"Mooncake Store, batches of {BIG_BATCH * BIG_FLIGHT}",
-            Target(1.2),
-            pairs("big", "peer big"),
-        ),
+        summarise("net-1m-mooncake", "the same", "MB/s", "Mooncake Store", Target(1.2), pairs("big", "peer big")),
         summarise(
             "net-cpu",
             f"CPU of client and server per 4 KiB get, batches of {BATCH}",
