@@ -112,7 +112,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   bool heard_ = false;     // since that was set
   bool probing_ = false;
   bool pong_waits_ = false;
-  bool finishing_ = false, bye_sent_ = false, ended_ = false, said_ended_ = false;
+  bool finishing_ = false, bye_sent_ = false, ended_ = false;
   int finish_err_ = 0;
   uint64_t finish_ns_ = 0;
   mutable ChannelCounters counters_;
