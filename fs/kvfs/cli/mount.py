@@ -13,6 +13,7 @@ from kvfs.cli.node import configured, run_daemon, run_detached
 from kvfs.cli.output import USAGE, fail
 from kvfs.cluster import remote, volume
 from kvfs.config import Config, RemoteConfig, Size
+from kvfs_usrbio.remote import is_remote
 
 EXAMPLES = (
     "Examples:  kvfs mount kvfs:///data/kvfs /mnt/kvfs   |   kvfs mount /data/kvfs /mnt/kvfs --detach   |   "
@@ -83,7 +84,7 @@ def mount(
     a volume needs the same. Exits 1 if the directory holds no kvfs, or one runs there already, or the volume belongs to
     another directory or cannot be reached."""
     config = configured()
-    if remote.is_remote(url):
+    if is_remote(url):
         place, settings = _volume(url, directory, token, config)
     elif directory is not None or token is not None:
         fail("--dir and --token are for volumes: kvfs://HOST:PORT/TENANT/VOLUME", code=USAGE)

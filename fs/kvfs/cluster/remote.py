@@ -35,13 +35,6 @@ class Url:
         return f"{SCHEME}{hosts}/{self.tenant}/{self.name}"
 
 
-def is_remote(url: str) -> bool:
-    """kvfs://HOST...: a cluster; kvfs:///PATH and everything else is this machine's."""
-    if not url.startswith(SCHEME):
-        return False
-    return url.removeprefix(SCHEME).partition("/")[0] not in ("", "localhost")
-
-
 def parse_url(url: str) -> Url:
     """ValueError says what is wrong."""
     wrong = ValueError(f"{url!r} is not kvfs://HOST:PORT,HOST:PORT/TENANT/NAME")
