@@ -14,12 +14,6 @@
 namespace kvfs {
 
 namespace {
-uint64_t clock_ns() {
-  timespec ts;
-  clock_gettime(CLOCK_MONOTONIC, &ts);
-  return uint64_t(ts.tv_sec) * 1'000'000'000 + uint64_t(ts.tv_nsec);
-}
-
 // To wake the reactor is all that is wanted: it looks at what is done in every turn.
 void on_done(void*, uint32_t) {}
 }  // namespace
@@ -86,7 +80,7 @@ void Connector::memory(void* base, size_t len, bool add) {
 }
 
 void Connector::wait(uint64_t timeout_ns) { uring_->submit_and_wait(timeout_ns); }
-uint64_t Connector::now_ns() { return clock_ns(); }
+uint64_t Connector::now_ns() { return monotonic_ns(); }
 
 void Connector::run() {
   std::unique_lock<std::mutex> g(mu_);
@@ -120,7 +114,7 @@ void Connector::attempt(Dial* d) {
   // The session's number is what proves the right to attach.
   static const std::vector<uint8_t> kNone;
   const bool attach = d->purpose == wire::Purpose::Attach;
-  t->dial(d, h, attach ? kNone : opt_.capability, clock_ns() + d->timeout_ns);
+  t->dial(d, h, attach ? kNone : opt_.capability, monotonic_ns() + d->timeout_ns);
 }
 
 }  // namespace kvfs

@@ -23,11 +23,6 @@ namespace {
 
 constexpr uint32_t kMaxServed = 64;  // targets of one server
 
-int fail(const Status& st, char* err, size_t len) {
-  if (err != nullptr && len > 0) snprintf(err, len, "%s", st.message.c_str());
-  return -st.err;
-}
-
 Status read_map(const void* map, size_t bytes, std::shared_ptr<const ServedMap>* out, std::vector<uint32_t>* cache) {
   wire::ClusterMap m;
   if (map == nullptr) return {EINVAL, "no cluster map given"};

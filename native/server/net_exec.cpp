@@ -170,7 +170,7 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
       const int64_t n = store_->lookup(t->req.key, &info);
       if (n < 0 || uint64_t(n) <= d.off) return done(n < 0 ? n : 0);
       const auto len = uint32_t(std::min<uint64_t>(d.len, uint64_t(n) - d.off));
-      if (s->out_bytes != 0 && s->out_bytes + NetBuffers::size_for(len) > out_share_) return Serve::Parked;
+      if (!has_share(*s, len)) return Serve::Parked;
       if (t->conn->channel->lends() && lend(t)) return done(t->lent_bytes);
       if (const Serve r = out_buffer(t, len, no_buffer); r != Serve::Done) return r;
       return run(Request::Op::Get, d.off, len);
@@ -226,7 +226,7 @@ bool NetServer::lend(NetTask* t) {
 
 NetServer::Serve NetServer::out_buffer(NetTask* t, uint32_t len, bool no_buffer) {
   NetSession* s = t->session;
-  if (s->out_bytes != 0 && s->out_bytes + NetBuffers::size_for(len) > out_share_) return Serve::Parked;
+  if (!has_share(*s, len)) return Serve::Parked;
   if (no_buffer || !buffers_.get(NetBuffers::Out, len, &t->buf)) return Serve::NoBuffer;
   t->side = NetBuffers::Out;
   s->out_bytes += t->buf.len;

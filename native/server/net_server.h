@@ -109,6 +109,9 @@ class NetServer final : public Source, public ChannelHandler {
   Serve start(NetTask* t, bool no_buffer);
   Serve out_buffer(NetTask* t, uint32_t len, bool no_buffer);
   bool lend(NetTask* t);
+  bool has_share(const NetSession& s, uint32_t len) const {
+    return s.out_bytes == 0 || s.out_bytes + NetBuffers::size_for(len) <= out_share_;
+  }
   void submit(NetTask* t, Request::Op op, uint32_t off, uint32_t len);
   void finish(NetTask* t, int64_t result);
   void answer(NetTask* t, int64_t result);

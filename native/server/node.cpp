@@ -23,11 +23,6 @@ constexpr uint32_t kOwnEntries = 4096;
 constexpr uint32_t kCallEntries = 64;
 constexpr uint64_t kCallSpinNs = 8000;
 
-int fail(const Status& st, char* err, size_t len) {
-  if (err != nullptr && len > 0) snprintf(err, len, "%s", st.message.c_str());
-  return -st.err;
-}
-
 }  // namespace
 }  // namespace kvfs
 

@@ -7,6 +7,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -76,6 +77,12 @@ struct Box {
     return std::move(value);
   }
 };
+
+// The C ABI's way to give a Status: -errno, and the text for people to `err`.
+inline int fail(const Status& st, char* err, size_t len) {
+  if (err != nullptr && len > 0) snprintf(err, len, "%s", st.message.c_str());
+  return -st.err;
+}
 
 // What f, run by the reactor between two turns, returns.
 template <typename F>

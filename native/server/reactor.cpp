@@ -43,12 +43,6 @@ ChunkKey block_key(uint32_t ns, const kvfs_sqe& s) {
 }
 }  // namespace
 
-uint64_t monotonic_ns() {
-  timespec ts;
-  clock_gettime(CLOCK_MONOTONIC, &ts);
-  return uint64_t(ts.tv_sec) * 1000000000u + uint64_t(ts.tv_nsec);
-}
-
 Reactor::Reactor(Uring* uring, Device* dev, Store* store, InodeTable* inodes, Upcalls* upcalls, uint64_t dirty_bytes)
     : uring_(uring),
       dev_(dev),

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../ring/queue.h"
+#include "../store/clock.h"
 #include "../store/store.h"
 #include "../store/uring_device.h"
 #include "inode_table.h"
@@ -289,7 +290,5 @@ class Reactor {
   uint32_t idle_rounds_ = 0;
   ReactorStats stats_;
 };
-
-uint64_t monotonic_ns();
 
 }  // namespace kvfs

@@ -13,7 +13,7 @@
 namespace kvfs {
 namespace {
 
-uint64_t in_ms(uint64_t ms) { return channel_clock_ns() + ms * 1'000'000; }
+uint64_t in_ms(uint64_t ms) { return monotonic_ns() + ms * 1'000'000; }
 
 wire::HelloReply good_reply() {
   wire::HelloReply r{};

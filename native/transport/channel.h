@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "../store/clock.h"
 #include "../store/uring_device.h"
 #include "../wire/wire.h"
 

@@ -12,12 +12,6 @@ namespace kvfs {
 
 namespace {
 
-uint64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return uint64_t(t.tv_sec) * 1'000'000'000u + uint64_t(t.tv_nsec);
-}
-
 bool has_payload(const NetOp* op) {
   return op->desc.len != 0 && (wire::has_in(wire::Op{op->desc.op}) || wire::has_out(wire::Op{op->desc.op}));
 }
@@ -49,7 +43,7 @@ void RdmaClientChannel::List::append(List* o) {
 
 RdmaClientChannel::RdmaClientChannel(Uring& uring, std::unique_ptr<RdmaConnection> connection,
                                      const ChannelLimits& limits)
-    : connection_(std::move(connection)), limits_(limits), heard_ns_(now_ns()) {
+    : connection_(std::move(connection)), limits_(limits), heard_ns_(monotonic_ns()) {
   limits_.max_batch = std::clamp<uint32_t>(limits_.max_batch, 1, wire::kMaxBatch);
   for (uint32_t i = kBatches; i-- != 0;) free_batches_.push_back(i);
   if (const int err = connection_->start(uring, *this); err != 0) fail(err);
@@ -211,7 +205,7 @@ bool RdmaClientChannel::send_control(wire::Type type, uint64_t number) {
 void RdmaClientChannel::cancel(NetOp* op) {
   Priv& p = priv(op);
   if (p.cancel_ns != 0 || p.state == State::Ended) return;
-  p.cancel_ns = now_ns() + kCancelNs;
+  p.cancel_ns = monotonic_ns() + kCancelNs;
   if (p.state != State::Sent) {
     (p.state == State::Fresh ? fresh_ : flushed_).remove(op);
     end(op, -ECANCELED, false);
@@ -231,14 +225,10 @@ void RdmaClientChannel::cancel(NetOp* op) {
 
 void RdmaClientChannel::on_received(const uint8_t* message, uint32_t len) {
   if (err_ != 0) return;
-  heard_ns_ = now_ns();
+  heard_ns_ = monotonic_ns();
   wire::FrameHeader h;
-  if (len < sizeof h) return fail(-EPROTO);
-  std::memcpy(&h, message, sizeof h);
+  if (const int err = wire::check_message(message, len, false, &h); err != 0) return fail(err);
   const uint8_t* body = message + sizeof h;
-  if (const int err = wire::check_header(h, false); err != 0) return fail(err);
-  if (h.payload != 0 || len != sizeof h + wire::body_bytes(h)) return fail(-EPROTO);
-  if (const int err = wire::check_sum(h, body); err != 0) return fail(err);
   ++counters_.frames_in;
   switch (wire::Type{h.type}) {
     case wire::Type::Response:

@@ -30,9 +30,7 @@ constexpr uint8_t kMaxReads = 16;      // RDMA READs under way on one connection
 int last_error() { return errno != 0 ? -errno : -EIO; }
 
 int left_ms(uint64_t deadline_ns) {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  const uint64_t now = uint64_t(t.tv_sec) * 1'000'000'000u + uint64_t(t.tv_nsec);
+  const uint64_t now = monotonic_ns();
   return now >= deadline_ns ? 0 : int(std::min<uint64_t>((deadline_ns - now + 999'999) / 1'000'000, 1u << 30));
 }
 

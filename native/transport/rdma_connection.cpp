@@ -17,12 +17,6 @@ namespace {
 
 int last_error() { return errno != 0 ? -errno : -EIO; }
 
-uint64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return uint64_t(t.tv_sec) * 1'000'000'000u + uint64_t(t.tv_nsec);
-}
-
 int nonblocking(int fd) { return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) == 0 ? 0 : -errno; }
 
 int error_of(ibv_wc_status s) {
@@ -359,7 +353,7 @@ void RdmaConnection::on_cm_events() {
 }
 
 void RdmaConnection::turn() {
-  const uint64_t now = now_ns();
+  const uint64_t now = monotonic_ns();
   if (take_completions(kBudget) >= kBudget) wake_at(0);
   if (user_ != nullptr) user_->on_turn(now);
   if (failing_) step_to_end(now);

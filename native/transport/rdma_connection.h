@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "../store/clock.h"
 #include "rdma_device.h"
 
 namespace kvfs {

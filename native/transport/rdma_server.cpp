@@ -13,12 +13,6 @@ namespace kvfs {
 
 namespace {
 
-uint64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return uint64_t(t.tv_sec) * 1'000'000'000u + uint64_t(t.tv_nsec);
-}
-
 uint32_t payload_in(const ServerOp* op) { return wire::has_in(wire::Op{op->desc.op}) ? op->desc.len : 0; }
 
 }  // namespace
@@ -66,12 +60,8 @@ void RdmaServerChannel::on_received(const uint8_t* message, uint32_t len) {
   heard_ = true;
   if (finishing_) return;
   wire::FrameHeader h;
-  if (len < sizeof h) return finish(-EPROTO);
-  std::memcpy(&h, message, sizeof h);
+  if (const int err = wire::check_message(message, len, true, &h); err != 0) return finish(err);
   const uint8_t* body = message + sizeof h;
-  if (const int err = wire::check_header(h, true); err != 0) return finish(err);
-  if (h.payload != 0 || len != sizeof h + wire::body_bytes(h)) return finish(-EPROTO);
-  if (const int err = wire::check_sum(h, body); err != 0) return finish(err);
   ++counters_.frames_in;
   switch (wire::Type{h.type}) {
     case wire::Type::Request:
@@ -350,7 +340,7 @@ void RdmaServerChannel::finish(int err) {
   if (finishing_ || ended_) return;
   finishing_ = true;
   finish_err_ = err;
-  finish_ns_ = now_ns() + kByeNs;
+  finish_ns_ = monotonic_ns() + kByeNs;
   connection_->wake_at(0);
 }
 

@@ -18,18 +18,12 @@ namespace {
 
 constexpr int kKeepIdle = 15, kKeepInterval = 10, kKeepCount = 3;  // seconds, seconds, probes
 
-uint64_t now_ns() {
-  timespec ts;
-  ::clock_gettime(CLOCK_MONOTONIC, &ts);
-  return static_cast<uint64_t>(ts.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(ts.tv_nsec);
-}
-
 void set(int fd, int level, int name, int value) { ::setsockopt(fd, level, name, &value, sizeof value); }
 
 // 0 when the socket is ready, or has an error that the next call tells of.
 int wait_for(int fd, short events, uint64_t deadline_ns) {
   for (;;) {
-    const uint64_t now = now_ns();
+    const uint64_t now = monotonic_ns();
     if (now >= deadline_ns) return -ETIMEDOUT;
     const uint64_t left = deadline_ns - now;
     timespec ts{static_cast<time_t>(left / 1'000'000'000), static_cast<long>(left % 1'000'000'000)};

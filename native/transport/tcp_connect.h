@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../store/clock.h"
 #include "../wire/wire.h"
 
 namespace kvfs {

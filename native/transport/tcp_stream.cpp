@@ -14,13 +14,7 @@
 
 namespace kvfs {
 
-uint64_t channel_clock_ns() {
-  timespec ts;
-  ::clock_gettime(CLOCK_MONOTONIC, &ts);
-  return static_cast<uint64_t>(ts.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(ts.tv_nsec);
-}
-
-TcpStream::TcpStream(Uring& uring, int fd, uint32_t body) : heard_ns_(channel_clock_ns()), uring_(uring), fd_(fd) {
+TcpStream::TcpStream(Uring& uring, int fd, uint32_t body) : heard_ns_(monotonic_ns()), uring_(uring), fd_(fd) {
   const int flags = ::fcntl(fd, F_GETFL);
   if (flags >= 0 && (flags & O_NONBLOCK) != 0) ::fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);  // NetIo waits in the kernel
   stage_bytes_ = std::max(kStage, uint32_t{sizeof(wire::FrameHeader)} + body);
@@ -138,7 +132,7 @@ void TcpStream::recv_done(NetIo* io) {
   s->recv_busy_ = false;
   ++s->depth_;
   if (n > 0) {
-    s->heard_ns_ = channel_clock_ns();
+    s->heard_ns_ = monotonic_ns();
     if (s->to_pieces_) {
       s->fill(static_cast<uint32_t>(n));
     } else {

@@ -125,6 +125,4 @@ class TcpStream {
   msghdr send_msg_{};
 };
 
-uint64_t channel_clock_ns();  // CLOCK_MONOTONIC
-
 }  // namespace kvfs

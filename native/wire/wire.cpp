@@ -77,6 +77,15 @@ int check_header(const FrameHeader& h, bool from_client) {
 }
 
 int check_sum(const FrameHeader& h, const void* body) { return sum_of(h, body, body_bytes(h)) == h.sum ? 0 : -EBADMSG; }
+
+int check_message(const uint8_t* message, size_t n, bool from_client, FrameHeader* h) {
+  if (n < sizeof *h) return -EPROTO;
+  std::memcpy(h, message, sizeof *h);
+  if (const int err = check_header(*h, from_client); err != 0) return err;
+  if (h->payload != 0 || n != sizeof *h + body_bytes(*h)) return -EPROTO;
+  return check_sum(*h, message + sizeof *h);
+}
+
 void seal(FrameHeader* h, const void* body) { h->sum = sum_of(*h, body, body_bytes(*h)); }
 
 int check_hello(const Hello& h, const void* capability) {

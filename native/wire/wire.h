@@ -192,6 +192,8 @@ static_assert(sizeof(TargetStat) == 32);
 uint32_t body_bytes(const FrameHeader& h);
 int check_header(const FrameHeader& h, bool from_client);  // all but the sum; before the body is there
 int check_sum(const FrameHeader& h, const void* body);
+// A message that is one frame without payload, header and body one behind the other: all of these checks.
+int check_message(const uint8_t* message, size_t n, bool from_client, FrameHeader* h);
 void seal(FrameHeader* h, const void* body);  // sets sum
 
 int check_hello(const Hello& h, const void* capability);  // 0, -EPROTO, -EBADMSG
