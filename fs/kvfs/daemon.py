@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from kvfs_usrbio.locate import mount_source
 REQUEST_MAX: Final = 4096  # bytes of an admin request
 ADMIN_CLIENTS: Final = 16
 RELEASE_TRIES: Final = 200  # of 50 ms
+UNIX_PATH_BYTES: Final = 108  # of sockaddr_un, its closing 0 included
 
 
 class DaemonError(Exception):
@@ -127,8 +128,6 @@ def _prepare(config: Config) -> Layout:
         layout.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as e:
         raise DaemonError(f"{layout.root} cannot be made: {e.strerror}") from e
-    if len(os.fsencode(layout.socket)) > 100:
-        raise DaemonError(f"{layout.root} is too long a path for a socket in it: choose one below 90 bytes")
     return layout
 
 
@@ -242,7 +241,8 @@ class Daemon:
         with listening:
             old = os.umask(0o177)
             try:
-                await listening.bind(str(self.layout.admin))
+                with _socket_address(self.layout.admin) as address:
+                    await listening.bind(address)
             finally:
                 os.umask(old)
             listening.listen(ADMIN_CLIENTS)
@@ -389,6 +389,19 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
+@contextlib.contextmanager
+def _socket_address(path: Path) -> Generator[str]:
+    """A Unix socket's address, of 107 bytes at most, for a path of any length (native/ring/unix_address.h)."""
+    if len(os.fsencode(path)) < UNIX_PATH_BYTES:
+        yield str(path)
+        return
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
 def ask(directory: Path, request: str | AdminRequest) -> AdminAnswer:
     """One question to the daemon of a data directory; DaemonError if none runs there."""
     layout = Layout(directory.absolute())
@@ -397,7 +410,8 @@ def ask(directory: Path, request: str | AdminRequest) -> AdminAnswer:
             raise DaemonError(f"{layout.admin} is not a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
             s.settimeout(10)
-            s.connect(str(layout.admin))
+            with _socket_address(layout.admin) as address:
+                s.connect(address)
             s.sendall(msgspec.json.encode(AdminRequest(request) if isinstance(request, str) else request))
             s.shutdown(socket.SHUT_WR)
             raw = b""

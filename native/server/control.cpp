@@ -10,12 +10,12 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <climits>
 
+#include "../ring/unix_address.h"
 #include "../store/check.h"
 #include "bus_guard.h"
 
@@ -40,11 +40,7 @@ ControlServer::~ControlServer() {
 }
 
 Status ControlServer::start() {
-  sockaddr_un addr{};
-  addr.sun_family = AF_UNIX;
-  if (cfg_.path.empty() || cfg_.path.size() >= sizeof addr.sun_path)
-    return {ENAMETOOLONG, "socket path " + cfg_.path + " is too long for a Unix socket (107 bytes)"};
-  memcpy(addr.sun_path, cfg_.path.data(), cfg_.path.size());
+  if (cfg_.path.empty()) return {EINVAL, "the control socket has no path"};
   struct stat st;
   if (lstat(cfg_.path.c_str(), &st) == 0) {
     if (!S_ISSOCK(st.st_mode)) return {EEXIST, cfg_.path + " exists and is no socket"};
@@ -54,8 +50,8 @@ Status ControlServer::start() {
   epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   post_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (listen_fd_ < 0 || epoll_fd_ < 0 || post_fd_ < 0) return {errno, "cannot create the control socket"};
-  if (bind(listen_fd_, reinterpret_cast<sockaddr*>(&addr), sizeof addr) != 0 || listen(listen_fd_, 64) != 0)
-    return {errno, "cannot listen on " + cfg_.path + ": " + strerror(errno)};
+  if (int err = UnixAddress(cfg_.path.c_str()).bind_to(listen_fd_); err != 0 || listen(listen_fd_, 64) != 0)
+    return {err != 0 ? err : errno, "cannot listen on " + cfg_.path + ": " + strerror(err != 0 ? err : errno)};
   chmod(cfg_.path.c_str(), cfg_.allowed_uid == KVFS_ANY_UID ? 0600 : 0666);  // who may connect is checked by uid
   epoll_event ev{};
   ev.events = EPOLLIN;

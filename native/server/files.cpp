@@ -10,7 +10,6 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <sys/un.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -19,6 +18,7 @@
 #include <condition_variable>
 #include <memory>
 
+#include "../ring/unix_address.h"
 #include "../store/check.h"
 
 namespace kvfs {
@@ -57,17 +57,13 @@ FileServer::~FileServer() {
 }
 
 Status FileServer::start() {
-  sockaddr_un addr{};
-  addr.sun_family = AF_UNIX;
-  if (path_.size() >= sizeof addr.sun_path) return {ENAMETOOLONG, "socket path " + path_ + " is too long"};
-  memcpy(addr.sun_path, path_.data(), path_.size());
   struct stat st;
   if (lstat(path_.c_str(), &st) == 0 && S_ISSOCK(st.st_mode)) unlink(path_.c_str());
   listen_fd_ = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   stop_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (listen_fd_ < 0 || stop_fd_ < 0) return {errno, "cannot create the file socket"};
-  if (bind(listen_fd_, reinterpret_cast<sockaddr*>(&addr), sizeof addr) != 0 || listen(listen_fd_, 64) != 0)
-    return {errno, "cannot listen on " + path_ + ": " + strerror(errno)};
+  if (int err = UnixAddress(path_.c_str()).bind_to(listen_fd_); err != 0 || listen(listen_fd_, 64) != 0)
+    return {err != 0 ? err : errno, "cannot listen on " + path_ + ": " + strerror(err != 0 ? err : errno)};
   chmod(path_.c_str(), 0666);  // the uid and the token are checked
   thread_ = std::thread([this] { run(); });
   return {};

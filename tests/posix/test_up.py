@@ -13,6 +13,7 @@ import pytest
 
 from commands import attempt_kvfs, kill_daemon
 from kvfs.mount import service
+from kvfs_usrbio import File
 
 
 def kvfs(*args: str, data: bytes | None = None, code: int = 0) -> bytes:
@@ -51,6 +52,26 @@ def test_a_first_session(directory: Path, tmp_path: Path) -> None:
     assert not service.is_mounted(directory / "mnt")
     kvfs("up", *where, "--detach")
     assert (directory / "mnt/note").read_text() == "kept"
+
+
+def test_a_data_directory_deeper_than_a_socket_address(tmp_path: Path) -> None:
+    """The directory's sockets (control, file, admin) work although their paths are above sockaddr_un's 108 bytes."""
+    directory = tmp_path.joinpath(*["deeper" * 8] * 4)
+    directory.mkdir(parents=True)
+    where = ("--dir", str(directory))
+    mountpoint = tmp_path / "mnt"
+    block = os.urandom(5000)
+    try:
+        kvfs("up", *where, "--mount", str(mountpoint), "--size", "256M", "--detach")
+        kvfs("put", *where, "me/cache", "0a1b2c", "-", data=block)
+        assert kvfs("get", *where, "me/cache", "0a1b2c") == block
+        with open(mountpoint / "file", "w+b") as opened, File.open(mountpoint, opened.fileno()) as file:
+            assert file.write([0], [block]) == [len(block)]
+            assert opened.read() == block
+        kvfs("down", *where)
+    finally:
+        attempt_kvfs("down", *where)
+        service.unmount(mountpoint)
 
 
 def test_what_was_durable_is_there_after_a_kill(directory: Path) -> None:

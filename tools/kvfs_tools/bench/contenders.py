@@ -114,8 +114,7 @@ class _Mounted(Contender):
             process, self._process = self._process, None
             if process is None:
                 return
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            os.kill(process.pid, signal.SIGTERM)  # send_signal() would wait for one that has ended
             deadline = time.monotonic() + STOP_S
             while not _ended(process) and time.monotonic() < deadline:
                 time.sleep(0.02)
