@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "../store/check.h"
 
@@ -277,6 +278,12 @@ void Peer::end(Connection* c) {
   c->channel->close();
 }
 
+void Peer::disown(const RemoteOp* op) {
+  if (!numbered(op) || !session_.valid) return;
+  session_.valid = false;
+  disowned_ = attention_ = true;
+}
+
 void Peer::end_session() {
   session_.valid = false;
   for (auto& r : rails_) {
@@ -287,6 +294,7 @@ void Peer::end_session() {
 uint64_t Peer::step(uint64_t now) {
   now_ = now;
   attention_ = false;
+  if (std::exchange(disowned_, false)) end_session();
   uint64_t at = kNever;
   for (size_t i = 0; i < rails_.size(); ++i) at = std::min(at, step_connections(rails_[i].get(), now));
   std::erase_if(rails_,

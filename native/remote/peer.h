@@ -58,6 +58,9 @@ class Peer {
   void flush(uint32_t map_version);
   void cancel(RemoteOp* op) { op->conn->channel->cancel(&op->net); }
   void give_up(Connection* c) { end(c); }  // its operations come back
+  // A change was sent and will not be asked for again, and nobody knows whether it was made. The session ends: at the target,
+  // its successor keeps what is still on its way from being made later.
+  void disown(const RemoteOp* op);
 
   // Pings, silent connections, those that are over, those to be made. When it must be called again.
   uint64_t step(uint64_t now);
@@ -139,6 +142,7 @@ class Peer {
   bool attention_ = true;
   bool closing_ = false;
   bool dialing_session_ = false;
+  bool disowned_ = false;   // its connections are to be ended
   uint32_t next_rail_ = 0;  // first to be asked for a session
   bool tried_ = false, refused_ = false;
   int last_error_ = 0;

@@ -182,7 +182,10 @@ void RemoteStore::came_back(RemoteOp* op) {
   if (n.answered && n.result == -ESTALE) return op->expired ? finish(op, -ETIMEDOUT) : stale(op);
   const bool damaged = n.result == -EBADMSG;
   if (n.answered && !damaged && n.result != -ECANCELED) return answered(op, n.result);
-  if (op->expired) return finish(op, -ETIMEDOUT);
+  if (op->expired) {
+    if (!n.answered && wire::mutates(wire::Op{n.desc.op})) op->peer->disown(op);
+    return finish(op, -ETIMEDOUT);
+  }
   if (damaged) {
     ++counters_.checksum_errors;
     if (++op->damaged > kMaxDamaged) return finish(op, -EIO);
@@ -205,6 +208,7 @@ void RemoteStore::expire() {
     }
     if (op->state == RemoteOp::State::Queued) op->peer->unqueue(op);
     if (op->state == RemoteOp::State::Parked) parked_.erase(op);
+    if (op->sent && wire::mutates(wire::Op{op->net.desc.op})) op->peer->disown(op);
     finish(op, op->sent ? -ETIMEDOUT : -EREMOTEIO);
   }
   // Ending the connection ends them; a few at most are asked of one that is ending already.

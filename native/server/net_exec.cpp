@@ -37,6 +37,7 @@ void NetServer::take(ServerOp* op, int err) {
     return refuse(t, -EPROTO);
   }
   if (err != 0) return refuse(t, err);
+  if (t->session->over) return refuse(t, -ECANCELED);
   stats_.gets += what == Op::Get;
   stats_.puts += what == Op::Put;
   stats_.writes += what == Op::Write;

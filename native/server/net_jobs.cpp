@@ -143,6 +143,13 @@ void NetServer::delete_chunk(NetTask* t, const ChunkKey& key) {
   store_->submit(&c->req);
 }
 
+// It does no more than what is under way.
+void NetServer::give_up_job(NetTask* t) {
+  t->generated = true;
+  if (t->err == 0) t->err = -ECANCELED;
+  jobs_ready_ = true;
+}
+
 void NetServer::child_done(Request* r) {
   auto* c = static_cast<Child*>(r->owner);
   NetTask* t = c->purge;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 
 #include "../store/check.h"
 #include "reactor.h"
@@ -59,6 +60,7 @@ NetSession* NetServer::open_session(const wire::Hello& hello, const wire::Capabi
     if (oldest == nullptr) return *err = -EBUSY, nullptr;
     end_session(oldest);
   }
+  supersede(hello, capability);
   auto s = std::make_unique<NetSession>(2 * opt_.max_ops);
   if (getrandom(s->id.data(), s->id.size(), 0) != ssize_t(s->id.size())) return *err = -EBUSY, nullptr;
   std::copy_n(hello.client, s->client.size(), s->client.begin());
@@ -69,6 +71,27 @@ NetSession* NetServer::open_session(const wire::Hello& hello, const wire::Capabi
   NetSession* p = s.get();
   sessions_[p->id] = std::move(s);
   return p;
+}
+
+// A client that begins anew at this target has given up what it asked for before: what of it has not begun, and what may
+// still come over its old connections, must not be made after what it asks for now.
+void NetServer::supersede(const wire::Hello& hello, const wire::Capability& capability) {
+  constexpr std::array<uint8_t, 16> kNobody{};
+  for (const auto& [id, s] : sessions_) {
+    if (s->over || s->client == kNobody || !std::equal(s->client.begin(), s->client.end(), hello.client) ||
+        std::memcmp(s->capability.tenant, capability.tenant, sizeof capability.tenant) != 0)
+      continue;
+    s->over = true;
+    stats_.sessions_superseded++;
+    for (NetTask* t : jobs_) {
+      if (t->session == s.get()) give_up_job(t);
+    }
+    // Those first: one that came a second time is queued when its first is refused.
+    for (TaskList* list : {&s->jobs, &s->queue}) {
+      while (!list->empty()) refuse(list->pop(), -ECANCELED);
+    }
+    for (NetConn* c : s->conns) doom(c, -ESTALE);
+  }
 }
 
 void NetServer::end_session(NetSession* s) {
@@ -101,7 +124,7 @@ NetConn* NetServer::admit(const wire::Hello& hello, const wire::Capability* capa
     std::array<uint8_t, 16> id;
     std::copy_n(hello.session, id.size(), id.begin());
     const auto it = sessions_.find(id);
-    if (it == sessions_.end())
+    if (it == sessions_.end() || it->second->over)
       err = -ESTALE;
     else if (it->second->conns.size() >= wire::kMaxConnections)
       err = -EMFILE;
@@ -203,16 +226,12 @@ void NetServer::look_at_clocks() {
   // Who is told of a buffer and does not ask for it loses its turn: it is still receiving something else.
   if (asked_ns_ != 0 && now - asked_ns_ > kAskNs && !in_wait_.empty()) end_waiting(in_wait_.front()->in_wait.front());
   if (over) {
-    for (NetTask* t : jobs_) {
-      t->generated = true;
-      if (t->err == 0) t->err = -ECANCELED;
-      jobs_ready_ = true;
-    }
+    for (NetTask* t : jobs_) give_up_job(t);
   }
   for (auto it = sessions_.begin(); it != sessions_.end();) {
     NetSession* s = (it++)->second.get();
     if (!s->conns.empty() || s->held != 0) continue;
-    if (stop_at_ns_ != 0 || now - s->idle_since_ns >= uint64_t{opt_.keep_ms} * 1000000u) end_session(s);
+    if (s->over || stop_at_ns_ != 0 || now - s->idle_since_ns >= uint64_t{opt_.keep_ms} * 1000000u) end_session(s);
   }
   if (stop_at_ns_ != 0 && sessions_.empty() && stopped_ != nullptr) {
     const auto done = std::move(stopped_);
@@ -431,6 +450,7 @@ void NetServer::add_stats(kvfs_net_stats* out) const {
   out->sessions += sessions_.size();
   out->connections += conns_.size();
   out->sessions_opened += s.sessions_opened;
+  out->sessions_superseded += s.sessions_superseded;
   out->connections_opened += s.connections_opened;
   out->refused += s.refused;
   out->protocol_errors += s.protocol_errors;

@@ -88,6 +88,7 @@ class NetServer final : public Source, public ChannelHandler {
 
   // net_server.cpp: sessions, connections, buffers
   NetSession* open_session(const wire::Hello& hello, const wire::Capability& capability, int* err);
+  void supersede(const wire::Hello& hello, const wire::Capability& capability);
   void end_session(NetSession* s);
   void doom(NetConn* c, int err);
   void close_doomed();
@@ -123,6 +124,7 @@ class NetServer final : public Source, public ChannelHandler {
   // net_jobs.cpp: scans and purges
   void start_jobs();
   void step_jobs();
+  void give_up_job(NetTask* t);
   void step_scan(NetTask* t, uint32_t budget);
   void step_purge(NetTask* t, uint32_t budget);
   void delete_chunk(NetTask* t, const ChunkKey& key);

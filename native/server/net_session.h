@@ -131,6 +131,7 @@ struct NetSession {
   TaskList queue;
   uint64_t deficit = 0;  // bytes that it may still move in this round
   bool in_ring = false;
+  bool over = false;             // its client has a newer one: nothing of it begins any more
   TaskList jobs;                 // wait for a place
   bool jobs_listed = false;      // the server knows
   uint32_t jobs_running = 0;     // have one

@@ -246,6 +246,7 @@ class NetServerTest : public ::testing::Test {
     h.version = wire::kVersion;
     h.purpose = uint16_t(p);
     h.features = wire::kFeatures;
+    h.client[0] = client_number;
     if (of != nullptr) std::memcpy(h.session, of->reply.session, sizeof h.session);
     return h;
   }
@@ -306,6 +307,7 @@ class NetServerTest : public ::testing::Test {
   }
 
   NetServerOptions opt;
+  uint8_t client_number = 0;  // of those admitted from now on; 0: of none
   std::unique_ptr<SimDevice> dev;
   std::unique_ptr<Harness> store;
   std::unique_ptr<NetServer> server;

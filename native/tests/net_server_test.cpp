@@ -339,6 +339,56 @@ TEST_F(NetServerTest, ASessionOutlivesItsConnectionsAWhileAndThenIsGone) {
   EXPECT_EQ(admit(&late, {}, &was), -ESTALE);
 }
 
+TEST_F(NetServerTest, WhatAClientsLastSessionAskedForIsNotMadeAfterItsNextBegan) {
+  NetServerOptions o;
+  o.buffer_bytes = 32u << 20;  // one block for answers
+  start(o);
+  Client holder, old, second, next, other;
+  ASSERT_EQ(admit(&holder, capability({kAll})), 0);
+  client_number = 2;
+  ASSERT_EQ(admit(&other, capability({kAll})), 0);
+  client_number = 1;
+  ASSERT_EQ(admit(&old, capability({kAll})), 0);
+  ASSERT_EQ(admit(&second, {}, &old), 0);
+  ASSERT_EQ(put(&holder, block_key(1), pattern(8, 9u << 20)), 1);
+  holder.channel->unread = true;
+  EXPECT_EQ(run(&holder, holder.get(block_key(1), 16u << 20)), 9 << 20);
+  send(&old, {old.get(block_key(1), 16u << 20)});  // waits for the only buffer there is, and what is behind it too
+  const wire::Desc gone = old.change(Op::Delete, block_key(1));
+  send(&old, {gone});
+  second.batch = 100;
+  send(&second, {gone});  // the same once more
+  turn();
+  turn();
+  send(&old, {old.change(Op::Write, file_key(1, 0), 100)}, pattern(1, 100));  // not yet read by the server
+  const Client was = old;
+  ASSERT_EQ(admit(&next, capability({kAll})), 0);
+  EXPECT_EQ(run(&next, next.change(Op::Write, file_key(1, 0), 100), pattern(2, 100)), 100);
+  holder.channel->read_all();
+  until([&] { return stats().connections == 3; });
+  EXPECT_EQ(run(&next, Client::desc(Op::Lookup, block_key(1))), 9 << 20) << "not deleted";
+  EXPECT_EQ(run(&next, next.get(file_key(1, 0), 100)), 100);
+  EXPECT_EQ(last.bytes, pattern(2, 100)) << "what came late is not made";
+  Client late;
+  EXPECT_EQ(admit(&late, {}, &was), -ESTALE);
+  EXPECT_EQ(put(&other, block_key(3), pattern(1, 10)), 1) << "other clients have theirs";
+  until([&] { return stats().sessions == 3; });
+  EXPECT_EQ(stats().sessions_superseded, 1u);
+}
+
+TEST_F(NetServerTest, AClientIsOneOfItsTenant) {
+  start();
+  client_number = 1;
+  Client mine, theirs;
+  wire::Capability cap = capability({kAll});
+  cap.tenant[0] = 'a';
+  ASSERT_EQ(admit(&mine, cap), 0);
+  cap.tenant[0] = 'b';
+  ASSERT_EQ(admit(&theirs, cap), 0);
+  EXPECT_EQ(put(&mine, block_key(1), pattern(1, 10)), 1);
+  EXPECT_EQ(stats().sessions_superseded, 0u);
+}
+
 TEST_F(NetServerTest, OnlyTheNumberOfASessionAttachesToIt) {
   start();
   Client c, wrong;

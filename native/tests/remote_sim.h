@@ -31,6 +31,7 @@ class SimChannel;
 
 struct SimSession {
   uint64_t id = 0;
+  bool over = false;                    // its client has a newer one
   std::map<uint64_t, int64_t> answers;  // by seq
   uint64_t top = 0;                     // highest seq
   uint32_t unanswered = 0;

@@ -405,6 +405,41 @@ TEST(RemoteStore, AHungServerCostsTheDeadlineAndNoMore) {
   EXPECT_EQ(got, pattern(1, 100));
 }
 
+// Its bytes are in the server's socket when it hangs, and nothing ends it there.
+TEST(RemoteStore, AChangeThatTimedOutIsNotMadeAfterTheNextOneWas) {
+  uint64_t timeouts = 0;
+  for (uint64_t seed = 1; seed <= 50; ++seed) {
+    // Its connections are given up for their silence, or they are not.
+    RemoteHarness h(1, 2, seed, [&](RemoteOptions* o) { o->peer.dead_ns = (seed % 2 == 0 ? 60 : 2) * kSecond; });
+    ASSERT_EQ(h.store->start().err, 0);
+    const ChunkKey k = file_key(1, 0);
+    Bytes value = pattern(seed, 5000);
+    ASSERT_EQ(h.write(k, 0, value), 5000);
+    Async before;  // in the same session, neither lost nor late
+    for (int i = 0; i < 4; ++i) {
+      h.net->hang(&h.server(0));
+      before.mem = pattern(i, 100);
+      before.done = false;
+      h.net->at(5 * kSecond, [&, i] { start(h, &before, Request::Op::Write, file_key(2, uint64_t(i)), 0, 100); });
+      const int64_t r = h.write(k, 0, pattern(seed * 100 + i, 5000));
+      ASSERT_EQ(r, -ETIMEDOUT);
+      ++timeouts;
+      h.net->go_on(&h.server(0));
+      value = pattern(seed * 100 + 50 + i, 5000);
+      ASSERT_EQ(h.write(k, 0, value), 5000);
+      Bytes got(5000);
+      for (int look = 0; look < 4; ++look) {
+        ASSERT_EQ(h.run(Request::Op::Get, k, got.data(), 0, 5000), 5000);
+        ASSERT_EQ(got, value) << "seed " << seed << ", time " << i << ", look " << look;
+        h.pass(kSecond);
+      }
+      ASSERT_TRUE(h.until([&] { return before.done; }));
+      EXPECT_EQ(before.req.result, 100);
+    }
+  }
+  EXPECT_EQ(timeouts, 200u);
+}
+
 TEST(RemoteStore, WhatWasNeverSentSaysSo) {
   RemoteHarness h(2);
   h.net->stop(&h.server(0));

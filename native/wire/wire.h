@@ -43,8 +43,9 @@ struct Hello {
   uint16_t purpose;
   uint64_t features;
   uint8_t session[16];  // Attach: as the reply to Session gave it; else 0
-  uint8_t client[16];   // random, of the client process: in the server's log and metrics
-  uint32_t target;      // number of the target at this server, as in the map
+  uint8_t
+      client[16];  // random, of the client process; its next session at the target ends the one before. All 0: does not
+  uint32_t target;  // number of the target at this server, as in the map
   uint32_t capability_len;
   uint64_t sum;  // XXH3-64 of this struct with sum = 0, and the capability
 };

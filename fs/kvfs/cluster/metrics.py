@@ -58,6 +58,7 @@ SERVER_GAUGES: Final = {
 }
 SERVER_COUNTERS: Final = {
     "sessions_opened": "Sessions begun.",
+    "sessions_superseded": "Sessions that ended because their client began another.",
     "connections_opened": "Connections accepted.",
     "refused": "Connections refused: limits, or no valid capability.",
     "protocol_errors": "Connections ended because of what the client sent.",
