@@ -183,6 +183,26 @@ def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
+def environment(config: Config) -> dict[str, str]:
+    """The variables that give another process this configuration, whatever its file says. Paths become absolute."""
+    variables: dict[str, str] = {}
+
+    def put(name: str, value: object) -> None:
+        if isinstance(value, bool):
+            variables[name] = str(value).lower()
+        elif isinstance(value, int | float | str):
+            variables[name] = str(value)
+        elif isinstance(value, Path):
+            variables[name] = str(value.absolute())
+
+    for key in TOP_LEVEL:
+        put(f"KVFS_{key.upper()}", getattr(config, key))
+    for section in SECTIONS:
+        for key in _known_keys(section):
+            put(f"KVFS_{section.upper()}_{key.upper()}", getattr(getattr(config, section), key))
+    return variables
+
+
 def _convert(settings: Mapping[str, Any], source: str, *, strict: bool) -> Config:
     try:
         return msgspec.convert(settings, Config, strict=strict, dec_hook=hook)

@@ -13,7 +13,7 @@ import typer
 
 from kvfs import daemon
 from kvfs.cli.output import USAGE, fail, print_json
-from kvfs.config import Config, ConfigError, Size, StoreConfig, load
+from kvfs.config import Config, ConfigError, Size, StoreConfig, environment, load
 from kvfs.meta import namespaces
 from kvfs.meta.errors import FsError
 from kvfs_usrbio.locate import mounted_from
@@ -131,15 +131,19 @@ def run_detached(config: Config) -> None:
     command = [sys.executable, "-m", "kvfs"]
     if config.remote.url:
         command += ["mount", config.remote.url, str(config.mount_point), "--dir", str(config.dir)]
-        command += [] if config.remote.token is None else ["--token", str(config.remote.token)]
     else:
         command += ["up", "--dir", str(config.dir), "--mount", str(config.mount_point)]
-        command += ["--size", str(int(config.store.size)), "--shared", str(int(config.store.shared))]
-    command += ["--memory", str(int(config.store.memory))]
+    others = {name: value for name, value in os.environ.items() if not name.startswith("KVFS_")}
     with open(layout.log, "ab") as log:
         offset = log.tell()
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+            env={**others, **environment(config)},
         )
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:

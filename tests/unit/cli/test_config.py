@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs.config import MAX_SIZE, Config, ConfigError, Size, load
+from kvfs.config import MAX_SIZE, Config, ConfigError, Size, environment, load
 
 
 def write(path: Path, text: str) -> Path:
@@ -30,6 +30,20 @@ def test_defaults_need_no_file(tmp_path: Path) -> None:
     assert config.mount_point == config.dir / "mnt"
     assert config.store.size == 8 << 30
     assert config.store.memory == 512 << 20
+
+
+def test_the_environment_gives_another_process_the_whole_configuration(tmp_path: Path) -> None:
+    """What `--detach` starts has the settings of who started it, those of a file it doesn't read too."""
+    path = write(
+        tmp_path / "kvfs.toml",
+        'dir = "/data/kvfs"\nmount = "/mnt/kv"\n[store]\nsize = "64G"\nmemory = 0\nshared = "1G"\n[fuse]\nnative = false\n'
+        '[remote]\nurl = "kvfs://h:1/a/b"\ntoken = "/t"\ntransport = "tcp"\nconnections = 3\ndeadline = 2.5\n'
+        'data_sums = false\nrails = "eth*"\n[log]\nlevel = "debug"\nformat = "json"\n[metrics]\nhost = "::1"\nport = 9100\n',
+    )
+    config = load(path, {})
+    assert load(environ=environment(config)) == config
+    default = load(environ={})
+    assert load(environ=environment(default)) == default
 
 
 def test_file_then_environment_then_command_line(tmp_path: Path) -> None:
