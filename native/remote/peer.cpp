@@ -38,10 +38,7 @@ uint64_t load(const Rail& r) {
   return (r.bytes + ops * kOpCost) * 1000 / (r.speed() != 0 ? r.speed() : kUnknownSpeed);
 }
 
-bool less_loaded(const Connection& a, const Connection& b) {
-  if (a.rail != b.rail) return load(*a.rail) < load(*b.rail);
-  return a.bytes + a.ops * kOpCost < b.bytes + b.ops * kOpCost;
-}
+uint64_t load(const Connection& c) { return c.bytes + c.ops * kOpCost; }
 }  // namespace
 
 Peer::Peer(PeerHost* host, Network* network, Window* window, std::mt19937_64* random, const PeerOptions& opt,
@@ -237,30 +234,40 @@ void Peer::net_done(NetOp* n) {
 // ---- connections
 
 // Those of the best kind: RDMA before TCP, rails that are up before others.
-void Peer::sort_connections() {
+void Peer::sort_rails() {
   sort_ = false;
   usable_.clear();
   const bool rdma = has_rdma();
   uint32_t best = UINT32_MAX;
   for (const auto& r : rails_) {
     if (rdma && r->tcp() && opt_.transport == 2) continue;  // holds the session
-    for (const auto& c : r->connections) {
-      if (c->ending) continue;
-      const uint32_t rank = uint32_t(r->down) * 2 + uint32_t(rdma && r->tcp());
-      if (rank < best) usable_.clear();
-      best = std::min(best, rank);
-      if (rank == best) usable_.push_back(c.get());
-    }
+    if (r->live() == 0) continue;
+    const uint32_t rank = uint32_t(r->down) * 2 + uint32_t(rdma && r->tcp());
+    if (rank < best) usable_.clear();
+    best = std::min(best, rank);
+    if (rank == best) usable_.push_back(r.get());
   }
 }
 
+// The less loaded of two rails, two different ones: with two rails it is always the better one, and the parts of a large
+// batch end together. Of its connections the least loaded.
 Connection* Peer::pick() {
   for (;;) {
-    if (sort_) sort_connections();
-    if (usable_.empty()) return nullptr;
-    Connection* a = usable_[(*random_)() % usable_.size()];
-    Connection* b = usable_[(*random_)() % usable_.size()];
-    Connection* c = less_loaded(*b, *a) ? b : a;
+    if (sort_) sort_rails();
+    const size_t n = usable_.size();
+    if (n == 0) return nullptr;
+    const size_t first = (*random_)() % n;
+    Rail* r = usable_[first];
+    if (n > 1) {
+      Rail* other = usable_[(first + 1 + (*random_)() % (n - 1)) % n];
+      if (load(*other) < load(*r)) r = other;
+    }
+    Connection* c = nullptr;
+    const size_t begin = (*random_)();  // so that those with nothing to do are used alike
+    for (size_t i = 0; i < r->connections.size(); ++i) {
+      Connection* next = r->connections[(begin + i) % r->connections.size()].get();
+      if (!next->ending && (c == nullptr || load(*next) < load(*c))) c = next;
+    }
     if (c->channel->error() == 0) return c;
     broke(c, now_);
   }
@@ -390,7 +397,7 @@ void Peer::dial(Rail* r, wire::Purpose purpose) {
 void Peer::dialed(Dial* d, uint64_t now) {
   auto* r = static_cast<Rail*>(d->owner);
   r->dialing = false;
-  attention_ = true;
+  attention_ = sort_ = true;
   const bool session = d->purpose == wire::Purpose::Session;
   if (session) dialing_session_ = false;
   // Nonsense, or less than one operation needs.

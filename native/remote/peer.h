@@ -102,7 +102,7 @@ class Peer {
   RemoteOp* next_op();
   void count_cancelled();
   Connection* pick();
-  void sort_connections();
+  void sort_rails();
   void send(RemoteOp* op, Connection* c, uint64_t now);
   void broke(Connection* c, uint64_t now);
   void end(Connection* c);
@@ -123,8 +123,8 @@ class Peer {
   PeerOptions opt_;
   wire::MapTarget target_;
   std::vector<std::unique_ptr<Rail>> rails_;
-  std::vector<Connection*> usable_;  // to choose from
-  bool sort_ = true;                 // usable_ is out of date
+  std::vector<Rail*> usable_;  // to choose from; each has a connection that can be used
+  bool sort_ = true;           // usable_ is out of date
   Session session_;
   bool booted_ = false;
   uint8_t boot_[16] = {};  // of the last session

@@ -320,6 +320,23 @@ TEST(RemoteStore, EqualRailsGetEqualShares) {
   EXPECT_LT(std::abs(a - b) / (a + b), 0.1);
 }
 
+TEST(RemoteStore, EqualRailsShareTheLargeGetsOfOneBatchEqually) {
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    RemoteHarness h(1, 2, seed);
+    ASSERT_EQ(h.store->start().err, 0);
+    ASSERT_TRUE(h.until([&] { return rail(h, 0, 0).live() == 2 && rail(h, 0, 1).live() == 2; }));
+    std::vector<Async> all(16);
+    for (size_t i = 0; i < all.size(); ++i) {
+      all[i].mem.resize(1u << 20);
+      start(h, &all[i], Request::Op::Get, block_key(i + 1, kNs), 0, 1u << 20);
+    }
+    h.store->tick(h.net->now);
+    EXPECT_EQ(rail(h, 0, 0).bytes >> 20, 8u);  // and perhaps a question for space
+    EXPECT_EQ(rail(h, 0, 1).bytes >> 20, 8u);
+    ASSERT_TRUE(h.until([&] { return all_done(all); }));
+  }
+}
+
 TEST(RemoteStore, AFasterRailGetsMore) {
   RemoteHarness h(1, 2, 1, [](RemoteOptions* o) {
     for (auto& t : o->map.targets) t.endpoint[0].speed = 10'000, t.endpoint[1].speed = 40'000;
