@@ -7,31 +7,24 @@ a ratio the median of the rounds' ratios. Owns the processes it starts.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO
 
 import msgspec
 
+from kvfs_tools.bench.chunkserver import ChunkServer, Result, Workers, child, cpu_seconds, free_port, wait_until
 from kvfs_tools.bench.measure import KB4, MB1, Listener
 from kvfs_tools.bench.programs import SLACK_S, BenchError, output
 from kvfs_tools.bench.report import Report, Row, Target, summarise
 from kvfs_tools.bench.scratch import machine, scratch_directory
 
 BATCH, BIG_BATCH = 64, 16
-START_S = 60.0
-STOP_S = 30.0
-NAMESPACE: Final = "bench/net"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +40,6 @@ class NetPlan:
         return 2 * (2 * self.hot + self.cold) + (512 << 20)
 
 
-class Result(msgspec.Struct, frozen=True):
-    """A worker's line."""
-
-    ops: int
-    seconds: float
-    cpu_s: float
-
-    @property
-    def per_s(self) -> float:
-        return self.ops / self.seconds
-
-
 class _IperfSum(msgspec.Struct, frozen=True):
     bits_per_second: float
 
@@ -69,126 +50,6 @@ class _IperfEnd(msgspec.Struct, frozen=True):
 
 class _Iperf(msgspec.Struct, frozen=True):
     end: _IperfEnd
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@contextlib.contextmanager
-def _process(command: list[str], log: Path, *, piped: bool = False) -> Generator[subprocess.Popen[bytes]]:
-    """Ended with the block. Its standard input and output are pipes, or nothing; what it complains of goes to `log`."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("KVFS_")}
-    channel = subprocess.PIPE if piped else subprocess.DEVNULL
-    with open(log, "ab") as errors:
-        try:
-            process = subprocess.Popen(
-                command, stdin=channel, stdout=channel, stderr=errors, env=environ, start_new_session=True
-            )
-        except OSError as e:
-            raise BenchError(f"{command[0]} cannot be started: {e.strerror}") from e
-    try:
-        yield process
-    finally:
-        if process.stdin is not None:
-            process.stdin.close()
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _await(what: str, process: subprocess.Popen[bytes], log: Path, answers: Callable[[], bool]) -> None:
-    end = time.monotonic() + START_S
-    while not answers():
-        if process.poll() is not None or time.monotonic() > end:
-            said = log.read_text(errors="replace").strip().splitlines()
-            raise BenchError(f"{what} did not start: {said[-1][:300] if said else 'it said nothing'}")
-        time.sleep(0.05)
-
-
-class ChunkServer:
-    """A chunk server of one device; `memory` may change between two runs of it."""
-
-    def __init__(self, root: Path, size: int) -> None:
-        self.root = root
-        self.port, self.admin = free_port(), free_port()
-        self.socket = root / "ring.sock"
-        self.store = root / "store.kvfs"
-        self.size = size
-        self.cluster = root / "cluster.toml"
-        tenant, name = NAMESPACE.split("/")
-        self.cluster.write_text(
-            f"[cluster]\nversion = 1\nslots = 4096\n\n[[target]]\nid = 1\nnumber = 0\n"
-            f'endpoints = ["tcp://127.0.0.1:{self.port}"]\n\n'
-            f'[[namespace]]\nid = 1\ntenant = "{tenant}"\nname = "{name}"\nclass = "durable"\n'
-        )
-
-    @property
-    def url(self) -> str:
-        return f"kvfs://127.0.0.1:{self.port}/{NAMESPACE}"
-
-    @contextlib.contextmanager
-    def running(self, memory: int) -> Generator[int]:
-        config = self.root / "chunk.toml"
-        config.write_text(
-            f'cluster = "{self.cluster}"\nlisten = ["tcp://127.0.0.1:{self.port}"]\nadmin = "127.0.0.1:{self.admin}"\n\n'
-            f'[[device]]\npath = "{self.store}"\nsize = {self.size}\nmemory = {memory}\n'
-        )
-        log = self.root / "server.log"
-        command = [sys.executable, "-m", "kvfs", "serve", "chunk", "--config", str(config)]
-        with _process(command, log) as process:
-            _await("the chunk server", process, log, self._ready)
-            yield process.pid
-
-    @contextlib.contextmanager
-    def ring(self) -> Generator[None]:
-        """The same store, while no server has it, over its own ring."""
-        log = self.root / "ring.log"
-        command = [sys.executable, "-m", "kvfs_tools.bench.ringhost", str(self.store), str(self.socket), NAMESPACE, "1"]
-        with _process(command, log, piped=True) as process:
-            assert process.stdout is not None
-            if process.stdout.readline().strip() != b"ready":
-                raise BenchError(f"the store cannot be opened: {log.read_text(errors='replace')[-300:]}")
-            yield
-
-    def _ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/readyz", timeout=2) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """Client processes of ours. `remote`: over TCP; else over the server's own ring."""
-
-    server: ChunkServer
-    say: Callable[[str], None]
-
-    def run(
-        self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
-    ):
-        where = [self.server.url] if remote else [str(self.server.socket), NAMESPACE]
-        command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", op, *where]
-        command += ["--size", str(size), "--count", str(count), "--batch", str(batch)]
-        command += ["--seconds", f"{seconds:g}", "--seed", str(seed)]
-        self.say(" ".join(command))
-        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S), type=Result)
 
 
 class Mooncake:
@@ -217,10 +78,10 @@ class Mooncake:
         master = [str(python.with_name("mooncake_master")), "--rpc_address=127.0.0.1", f"--rpc_port={port}"]
         master += [f"--metrics_port={free_port()}", "--enable_metric_reporting=false"]
         with contextlib.ExitStack() as stack:
-            first = stack.enter_context(_process(master, log))
-            _await("Mooncake's master", first, log, lambda: _listens(port))
-            holder = stack.enter_context(_process([*worker, "server"], log, piped=True))
-            client = stack.enter_context(_process([*worker, "client"], log, piped=True))
+            first = stack.enter_context(child(master, log))
+            wait_until("Mooncake's master", first, log, lambda: _listens(port))
+            holder = stack.enter_context(child([*worker, "server"], log, piped=True))
+            client = stack.enter_context(child([*worker, "client"], log, piped=True))
             for process in (holder, client):
                 assert process.stdout is not None
                 if _line(process.stdout).strip() != b"ready":
@@ -255,8 +116,8 @@ def plain(root: Path, seconds: float, say: Callable[[str], None]) -> float:
     if program is None:
         raise BenchError("iperf3 is not installed: apt-get install iperf3")
     port, log = free_port(), root / "iperf3.log"
-    with _process([program, "-s", "-p", str(port), "-1"], log) as s:
-        _await("iperf3", s, log, lambda: _bound(port))
+    with child([program, "-s", "-p", str(port), "-1"], log) as s:
+        wait_until("iperf3", s, log, lambda: _bound(port))
         command = [program, "-c", "127.0.0.1", "-p", str(port), "-l", "1M", "-t", f"{max(1, round(seconds))}", "-J"]
         say(" ".join(command))
         return msgspec.json.decode(output(command, seconds + SLACK_S), type=_Iperf).end.sum_received.bits_per_second / 8
