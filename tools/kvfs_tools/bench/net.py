@@ -1,4 +1,5 @@
-"""`kvfs bench net`: blocks of a chunk server over loopback TCP, beside Mooncake Store, a plain sender, and the local ring.
+"""`kvfs bench net`: blocks of a chunk server over loopback TCP, beside Mooncake Store, a plain sender, and the local ring; and
+over two shaped rails, beside one.
 
 One chunk server process and one client process, as two machines would have. Rounds alternate; a figure is the median of the rounds,
 a ratio the median of the rounds' ratios. Owns the processes it starts.
@@ -18,11 +19,13 @@ from typing import IO
 
 import msgspec
 
+from kvfs_tools.bench import rails
 from kvfs_tools.bench.chunkserver import ChunkServer, Result, Workers, child, cpu_seconds, free_port, wait_until
 from kvfs_tools.bench.measure import KB4, MB1, Listener
 from kvfs_tools.bench.programs import SLACK_S, BenchError, output
 from kvfs_tools.bench.report import Report, Row, Target, summarise
 from kvfs_tools.bench.scratch import machine, scratch_directory
+from kvfs_tools.hosts import Unavailable
 
 BATCH, BIG_BATCH = 64, 16
 
@@ -259,18 +262,24 @@ def bench_net(beside: Path, plan: NetPlan, *, mooncake: Path | None = None, list
     """Runs everything in a scratch directory in `beside`. `mooncake`: a Python that has Mooncake. BenchError if it cannot."""
     listen = listen or Listener()
     where = machine("")
-    listen.begin(2 + 2 * plan.rounds)
-    with scratch_directory(beside, plan.store + (256 << 20)) as root, contextlib.ExitStack() as stack:
+    listen.begin(3 + 3 * plan.rounds)
+    with scratch_directory(beside, plan.store + rails.DISK + (256 << 20)) as root, contextlib.ExitStack() as stack:
         server = ChunkServer(root, plan.store)
         peer = stack.enter_context(Mooncake.running(mooncake, root)) if mooncake is not None else None
         b = _Bench(plan, Workers(server, listen.command), root, peer, listen)
         with server.running(plan.memory) as b.server:
             rows = _from_memory(b)
         rows.append(_from_disk(b))
+        try:
+            rows += rails.two_rails(root, plan.rounds, plan.seconds, listen)
+            lacking = ""
+        except Unavailable as e:
+            lacking = f"Two rails were not measured, for want of hosts to join by them: {e}."
     spent = statistics.median(mine for mine, _ in next(row for row in rows if row.name == "net-cpu").rounds)
     notes = [
         f"One chunk server with one device, one client process; {plan.hot >> 20} MiB of blocks in memory, {plan.cold >> 20} MiB on disk.",
         f"End-to-end checksums on; {spent:.1f} us of CPU per 4 KiB get in batches, both sides.",
         "A ratio is the median of the rounds' ratios; contenders run in turn, in changing order.",
+        *([lacking] if lacking else []),
     ]
     return Report(where, plan.rounds, plan.seconds, plan.store, rows, notes)
