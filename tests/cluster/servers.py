@@ -1,4 +1,4 @@
-"""Chunk servers as processes on loopback, for a test, and gone after it."""
+"""Chunk servers as processes, on loopback or where a test wants them, and gone after it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -47,6 +47,11 @@ class Server:
         return f"tcp://127.0.0.1:{self.port}"
 
     @property
+    def urls(self) -> list[str]:
+        """Where it listens, and the cluster's map says so."""
+        return [self.url]
+
+    @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
@@ -58,18 +63,17 @@ class Server:
     def config(self) -> Path:
         return self.directory / "chunk.toml"
 
+    @property
+    def command(self) -> list[str]:
+        return [*KVFS, "serve", "chunk", "--config", str(self.config)]
+
     def start(self) -> None:
         self.launch()
         self.wait()
 
     def launch(self) -> None:
         with open(self.directory / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                [*KVFS, "serve", "chunk", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def wait(self) -> None:
         assert self.process is not None
@@ -166,22 +170,31 @@ def new_key(path: Path) -> Path:
     return path
 
 
+def cluster(count: int, *, more: str = "") -> AbstractContextManager[Cluster]:
+    """On loopback."""
+
+    def make(directory: Path) -> Server:
+        return Server(directory, free_port(), free_port())
+
+    return cluster_of([make] * count, more=more)
+
+
 @contextmanager
-def cluster(count: int, *, more: str = "") -> Generator[Cluster]:
-    """Started servers of one device each, who ask for tokens. Always there: acme/cache, acme/kept (durable), acme/home (a
-    volume), other/cache."""
+def cluster_of(servers: Sequence[Callable[[Path], Server]], *, more: str = "") -> Generator[Cluster]:
+    """Started servers of one device each, made with their directories, who ask for tokens. Always there: acme/cache, acme/kept
+    (durable), acme/home (a volume), other/cache."""
     place = Path(tempfile.mkdtemp(prefix="kvfs-", dir="/var/tmp"))  # direct I/O, which tmpfs may lack
     made = Cluster(place, [])
     try:
         new_key(made.key)
         entries = file.ClusterFile(file.ClusterSection(1, 256))
-        for i in range(count):
+        for i, make in enumerate(servers):
             directory = place / f"server{i}"
             directory.mkdir()
-            server = Server(directory, free_port(), free_port())
-            entries = entries.with_target([server.url])
+            server = make(directory)
+            entries = entries.with_target(server.urls)
             server.config.write_text(
-                f'cluster = "{made.file}"\nlisten = ["{server.url}"]\nauth_key = "{made.key}.pub"\n'
+                f'cluster = "{made.file}"\nlisten = {json.dumps(server.urls)}\nauth_key = "{made.key}.pub"\n'
                 f'admin = "127.0.0.1:{server.admin}"\nbuffers = "64M"\nkeep = 5.0\n{more}'
                 f'[[device]]\npath = "{server.device}"\nsize = "{SIZE}"\nmemory = "16M"\n'
             )
