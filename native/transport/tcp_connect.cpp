@@ -17,6 +17,7 @@ namespace kvfs {
 namespace {
 
 constexpr int kKeepIdle = 15, kKeepInterval = 10, kKeepCount = 3;  // seconds, seconds, probes
+constexpr int kUnackedMs = 30'000;
 
 void set(int fd, int level, int name, int value) { ::setsockopt(fd, level, name, &value, sizeof value); }
 
@@ -125,6 +126,9 @@ int tcp_accept(int listener, sockaddr_storage* peer) {
                            SOCK_CLOEXEC | SOCK_NONBLOCK);
   if (fd < 0) return -errno;
   tcp_tune(fd);
+  // Nothing is probed while there is unacknowledged data, which the kernel alone would send again for 15 minutes: a client
+  // that is gone without a word would keep its session for that long. Clients have pings.
+  set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, kUnackedMs);
   return fd;
 }
 
