@@ -24,6 +24,7 @@ from kvfs_tools.hosts import Host
 START_S: Final = 60.0
 STOP_S: Final = 30.0
 NAMESPACE: Final = "bench/net"
+NAMESPACE_ID: Final = 1
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -105,7 +106,7 @@ class ChunkServer:
         self.cluster.write_text(
             f"[cluster]\nversion = 1\nslots = 4096\n\n[[target]]\nid = 1\nnumber = 0\n"
             f"endpoints = {self._endpoints}\n\n"
-            f'[[namespace]]\nid = 1\ntenant = "{tenant}"\nname = "{name}"\nclass = "durable"\n'
+            f'[[namespace]]\nid = {NAMESPACE_ID}\ntenant = "{tenant}"\nname = "{name}"\nclass = "durable"\n'
         )
 
     @property
@@ -133,15 +134,16 @@ class ChunkServer:
             yield server.pid
 
     @contextlib.contextmanager
-    def ring(self) -> Generator[None]:
+    def ring(self, memory: int = 0) -> Generator[int]:
         """The same store, while no server has it, over its own ring."""
         log = self.root / "ring.log"
-        command = [sys.executable, "-m", "kvfs_tools.bench.ringhost", str(self.store), str(self.socket), NAMESPACE, "1"]
+        command = [sys.executable, "-m", "kvfs_tools.bench.ringhost", str(self.store), str(self.socket)]
+        command += [NAMESPACE, str(NAMESPACE_ID), str(memory)]
         with child(command, log, piped=True) as holder:
             assert holder.stdout is not None
             if holder.stdout.readline().strip() != b"ready":
                 raise BenchError(f"the store cannot be opened: {log.read_text(errors='replace')[-300:]}")
-            yield
+            yield holder.pid
 
     def _ready(self) -> bool:
         inside = contextlib.nullcontext() if self.host is None else self.host.entered()
@@ -160,14 +162,18 @@ class Workers:
     say: Callable[[str], None]
     host: Host | None = None
 
-    def run(
+    def command(
         self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
-    ):
+    ) -> list[str]:
         where = [self.server.url] if remote else [str(self.server.socket), NAMESPACE]
         command = [sys.executable, "-m", "kvfs_tools.bench.blockworker", op, *where]
         command += ["--size", str(size), "--count", str(count), "--batch", str(batch)]
         command += ["--seconds", f"{seconds:g}", "--seed", str(seed)]
-        if self.host is not None:
-            command = self.host.command(*command)
+        return command if self.host is None else self.host.command(*command)
+
+    def run(
+        self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
+    ) -> Result:
+        command = self.command(op, size, count, batch=batch, seconds=seconds, seed=seed, remote=remote)
         self.say(" ".join(command))
         return msgspec.json.decode(output(command, seconds + 5 * SLACK_S), type=Result)

@@ -1,8 +1,8 @@
 """A store served over its own ring alone, for `kvfs bench net`:
 
-    python -m kvfs_tools.bench.ringhost STORE SOCKET NAMESPACE ID
+    python -m kvfs_tools.bench.ringhost STORE SOCKET NAMESPACE ID MEMORY
 
-Prints a line when clients may come; ends with its standard input.
+MEMORY: bytes of the memory tier. Prints a line when clients may come; ends with its standard input.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from kvfs.node import Namespace, Node, NodeConfig
 
 
 def main() -> None:
-    store, socket, namespace, number = sys.argv[1:]
-    node = Node.start(NodeConfig(Path(store), socket=Path(socket)))
+    store, socket, namespace, number, memory = sys.argv[1:]
+    node = Node.start(NodeConfig(Path(store), socket=Path(socket), memory_bytes=int(memory)))
     try:
         tenant, _, name = namespace.partition("/")
         node.put_namespace(tenant, name, Namespace(int(number), evictable=False))
