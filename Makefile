@@ -29,7 +29,7 @@ STAMPS := build/stamps
 
 APT := ca-certificates git cmake ninja-build pkg-config gcc g++ python3-dev python3-venv \
        fuse3 libfuse3-dev liburing-dev libxxhash-dev libsodium-dev libgtest-dev libibverbs-dev librdmacm-dev \
-       rsync fio strace
+       rsync fio strace iproute2 nftables
 APT_SUITES := perl stress-ng fsmark dbench openmpi-bin util-linux postgresql git
 APT_RDMA := qemu-system-x86 kmod zstd iproute2 util-linux ibverbs-providers perftest python3-pyverbs
 APT_CLANG := clang libclang-rt-dev clang-format llvm
