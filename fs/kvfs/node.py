@@ -80,7 +80,7 @@ class FileQuestions:
 
 @dataclass(frozen=True, slots=True)
 class RailStats:
-    """One way to one target; `speed` in Mbit/s, 0 when not known; `transport` 1 TCP, 2 RDMA."""
+    """One way to one target; `speed` in Mbit/s, 0 when not known; `transport` 1 TCP, 2 RDMA, 3 shared memory."""
 
     target: int
     rail: int

@@ -16,7 +16,7 @@ struct kvfs_remote_config {
   const void* capability; /* what proves the rights of this client; NULL: none */
   size_t capability_bytes;
   uint32_t file_ns;     /* namespace (class volume) of file chunks; 0: none, files are refused */
-  uint32_t transport;   /* 0: whatever the map offers, RDMA first; 1: TCP; 2: RDMA */
+  uint32_t transport;   /* 0: whatever the map offers, shared memory and RDMA first; 1: TCP; 2: RDMA */
   uint32_t connections; /* per target and rail; 0 = 2 */
   uint32_t deadline_ms; /* an operation that nobody has answered by then fails with -ETIMEDOUT; 0 = 30,000 */
   uint32_t data_sums;   /* asks for end-to-end checksums */

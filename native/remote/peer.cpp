@@ -56,8 +56,13 @@ void Peer::update(const wire::MapTarget& target) {
     if (!r->gone) continue;
     for (auto& c : r->connections) end(c.get());
   }
-  for (uint32_t i = 0; i < target.endpoints; ++i) {
-    const wire::MapEndpoint& e = target.endpoint[i];
+  find_rails();
+}
+
+// Where there was no way to an endpoint there may be one by now.
+void Peer::find_rails() {
+  for (uint32_t i = 0; i < target_.endpoints; ++i) {
+    const wire::MapEndpoint& e = target_.endpoint[i];
     if (e.transport == uint8_t(wire::Transport::Rdma) && opt_.transport == 1) continue;
     if (std::any_of(rails_.begin(), rails_.end(), [&](const auto& r) { return !r->gone && same(r->endpoint, e); }))
       continue;
@@ -77,14 +82,17 @@ bool Peer::up() const {
   return std::any_of(rails_.begin(), rails_.end(), [](const auto& r) { return r->live() != 0; });
 }
 
-bool Peer::has_rdma() const {
-  return std::any_of(rails_.begin(), rails_.end(), [](const auto& r) { return !r->gone && !r->tcp(); });
+bool Peer::has(wire::Transport kind) const {
+  return std::any_of(rails_.begin(), rails_.end(), [&](const auto& r) { return !r->gone && r->kind() == kind; });
 }
 
-// Beside RDMA one TCP connection is enough: it holds the session, and takes over where all of RDMA is down.
+// Beside RDMA or shared memory one TCP connection is enough: it holds the session, and takes over where all others are down.
+// Shared memory has no use for a second one: both ends are one thread.
 uint32_t Peer::wanted(const Rail& r) const {
   if (r.gone || closing_) return 0;
-  return r.tcp() && has_rdma() ? 1 : opt_.connections;
+  if (r.kind() == wire::Transport::Shm) return 1;
+  const bool spare = r.tcp() && (has(wire::Transport::Rdma) || has(wire::Transport::Shm));
+  return spare ? 1 : opt_.connections;
 }
 
 // ---- operations that wait
@@ -233,16 +241,16 @@ void Peer::net_done(NetOp* n) {
 
 // ---- connections
 
-// Those of the best kind: RDMA before TCP, rails that are up before others.
+// Those of the best kind: shared memory before RDMA before TCP, rails that are up before others.
 void Peer::sort_rails() {
   sort_ = false;
   usable_.clear();
-  const bool rdma = has_rdma();
   uint32_t best = UINT32_MAX;
   for (const auto& r : rails_) {
-    if (rdma && r->tcp() && opt_.transport == 2) continue;  // holds the session
+    if (r->tcp() && opt_.transport == 2 && has(wire::Transport::Rdma)) continue;  // holds the session
     if (r->live() == 0) continue;
-    const uint32_t rank = uint32_t(r->down) * 2 + uint32_t(rdma && r->tcp());
+    const uint32_t kind = r->kind() == wire::Transport::Shm ? 0 : r->tcp() ? 2 : 1;
+    const uint32_t rank = uint32_t(r->down) * 3 + kind;
     if (rank < best) usable_.clear();
     best = std::min(best, rank);
     if (rank == best) usable_.push_back(r.get());
@@ -409,8 +417,10 @@ void Peer::dialed(Dial* d, uint64_t now) {
     last_error_ = d->err;
     refused_ = d->err != 0 && d->answered;
   }
-  if (d->answered && d->reply.map_version != 0) host_->heard_of_map(d->reply.map_version);
-  if (!session && d->err == -ESTALE && d->answered) {
+  // At a socket of this name there may be another server than the map's: what that says is not about our session.
+  const bool ours = r->kind() != wire::Transport::Shm || std::memcmp(d->reply.boot, boot_, sizeof boot_) == 0;
+  if (d->answered && ours && d->reply.map_version != 0) host_->heard_of_map(d->reply.map_version);
+  if (!session && d->err == -ESTALE && d->answered && ours) {
     // The session is over, at the latest since the target's process is. One that began in between is not meant.
     if (session_.valid && std::memcmp(d->session, session_.id, sizeof d->session) == 0) end_session();
     return;
@@ -446,6 +456,7 @@ void Peer::took_session(Dial* d) {
   session_.limits.features = h.features & wire::kFeatures;
   next_seq_ = first_seq_ = 1;
   settled_.assign(session_.max_ops, true);
+  find_rails();
 }
 
 void Peer::add_connection(Rail* r, Dial* d, uint64_t now) {

@@ -112,8 +112,9 @@ class Peer {
   void dial(Rail* r, wire::Purpose purpose);
   void took_session(Dial* d);
   void add_connection(Rail* r, Dial* d, uint64_t now);
+  void find_rails();
   uint32_t wanted(const Rail& r) const;
-  bool has_rdma() const;
+  bool has(wire::Transport kind) const;
 
   PeerHost* host_;
   Network* network_;

@@ -24,6 +24,7 @@ void Rail::failed(uint64_t now, std::mt19937_64& random) {
 }
 
 std::string rail_name(const wire::MapEndpoint& e, const std::string& device) {
+  if (wire::Transport{e.transport} == wire::Transport::Shm) return "shm://" + wire::shm_name(e);
   char address[INET6_ADDRSTRLEN] = "";
   inet_ntop(e.family == 6 ? AF_INET6 : AF_INET, e.address, address, sizeof address);
   std::string s = e.transport == uint8_t(wire::Transport::Rdma) ? "rdma://" : "tcp://";

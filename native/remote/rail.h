@@ -47,7 +47,8 @@ struct Rail {
   uint64_t ops = 0, failures = 0, made = 0;
   uint64_t in_before = 0, out_before = 0;  // of connections that are gone
 
-  bool tcp() const { return endpoint.transport == uint8_t(wire::Transport::Tcp); }
+  wire::Transport kind() const { return wire::Transport{endpoint.transport}; }
+  bool tcp() const { return kind() == wire::Transport::Tcp; }
   uint32_t speed() const;  // Mbit/s of its slower end; 0 = unknown
   uint32_t live() const;   // connections that can be used
   // An attempt failed or a connection broke.
@@ -58,7 +59,7 @@ struct Rail {
   }
 };
 
-// "tcp://10.0.0.1:7000", with "@device" if the route has one.
+// "tcp://10.0.0.1:7000", with "@device" if the route has one; "shm://NAME".
 std::string rail_name(const wire::MapEndpoint& e, const std::string& device);
 
 }  // namespace kvfs

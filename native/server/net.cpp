@@ -130,8 +130,14 @@ int kvfs_server_start(const kvfs_server_config* cfg, kvfs_server** out, char* er
 int kvfs_server_listen(kvfs_server* s, const char* url, char* err, size_t err_len) {
   if (s == nullptr || url == nullptr) return -EINVAL;
   std::string why;
-  const bool rdma = strncmp(url, "rdma:", 5) == 0;
-  const int port = rdma ? s->rdma->listen(url, s->listener.get(), &why) : s->listener->listen_tcp(url, &why);
+  int port;
+  if (strncmp(url, "rdma:", 5) == 0) {
+    port = s->rdma->listen(url, s->listener.get(), &why);
+  } else if (strncmp(url, "shm:", 4) == 0) {
+    port = s->listener->listen_shm(url, &why);
+  } else {
+    port = s->listener->listen_tcp(url, &why);
+  }
   return port >= 0 ? port : fail({-port, why}, err, err_len);
 }
 

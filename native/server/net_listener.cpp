@@ -14,7 +14,9 @@
 #include <cstring>
 
 #include "../store/check.h"
+#include "../transport/shm_connect.h"
 #include "../transport/tcp_server.h"
+#include "net_shm.h"
 #include "reactor.h"
 
 namespace kvfs {
@@ -73,6 +75,7 @@ NetListener::NetListener(std::vector<NetTarget> targets, const uint8_t* key, con
 
 NetListener::~NetListener() {
   stop();
+  for (const std::string& path : paths_) unlink(path.c_str());
   for (const int fd : listeners_) close(fd);
   if (wake_ >= 0) close(wake_);
   if (epoll_ >= 0) close(epoll_);
@@ -114,16 +117,44 @@ int NetListener::listen_tcp(const std::string& url, std::string* why) {
     return fd;
   }
   int rc = getsockname(fd, reinterpret_cast<sockaddr*>(&addr), &len) == 0 ? 0 : -errno;
-  const auto data = uint64_t(fd) << 2 | kListenerTag;
-  if (rc == 0) rc = watch(epoll_, EPOLL_CTL_ADD, fd, listening_ ? uint32_t{EPOLLIN} : 0u, data);
+  if (rc == 0) rc = add_listener(fd);
   if (rc != 0) {
     close(fd);
     *why = url + ": " + strerror(-rc);
     return rc;
   }
-  listeners_.push_back(fd);
   return ntohs(addr.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6*>(&addr)->sin6_port
                                           : reinterpret_cast<sockaddr_in*>(&addr)->sin_port);
+}
+
+int NetListener::add_listener(int fd) {
+  const auto data = uint64_t(fd) << 2 | kListenerTag;
+  const int rc = watch(epoll_, EPOLL_CTL_ADD, fd, listening_ ? uint32_t{EPOLLIN} : 0u, data);
+  if (rc == 0) listeners_.push_back(fd);
+  return rc;
+}
+
+int NetListener::listen_shm(const std::string& url, std::string* why) {
+  std::string name;
+  if (!parse_shm_url(url, &name)) {
+    *why = url + ": not shm://NAME with a name of up to 16 letters, digits, dots, dashes and underscores";
+    return -EINVAL;
+  }
+  std::lock_guard<std::mutex> g(mu_);
+  if (listeners_.size() + hooks_.size() >= kMaxListeners) {
+    *why = "this server listens in " + std::to_string(kMaxListeners) + " places already";
+    return -EMFILE;
+  }
+  const std::string path = shm_path(name);
+  int rc = shm_listen(path, kBacklog);
+  if (rc >= 0) {
+    const int fd = rc;
+    paths_.push_back(path);
+    rc = add_listener(fd);
+    if (rc != 0) close(fd);
+  }
+  if (rc != 0) *why = url + " (" + path + "): " + strerror(-rc);
+  return rc;
 }
 
 int NetListener::add_hook(std::unique_ptr<ListenerHook> hook) {
@@ -240,6 +271,9 @@ void NetListener::heard(Peer* p) {
   const wire::Hello& hello = p->shake.hello();
   wire::Capability capability;
   if (const int err = examine(hello, p->shake.capability(), &capability); err != 0) return refuse(p, err);
+  // Sessions begin over TCP: whoever is on this host is not for that reason known.
+  if (is_unix(p->shake.fd()) && wire::Purpose{hello.purpose} != wire::Purpose::Attach)
+    return refuse(p, -EPROTONOSUPPORT);
   if (wire::Purpose{hello.purpose} != wire::Purpose::Map) return hand_over(p, std::move(capability));
   const auto served = map();
   wire::HelloReply r{};
@@ -277,6 +311,11 @@ void NetListener::hand_over(Peer* p, wire::Capability capability) {
   handed_->fetch_add(1);
   target.reactor->post([=, count = handed_, capability = std::move(capability)] {
     NetServer* s = target.server;
+    if (is_unix(fd)) {
+      admit_shm(s, fd, hello);
+      count->fetch_sub(1);
+      return;
+    }
     wire::HelloReply reply;
     NetConn* c = s->admit(hello, &capability, &reply);
     ServerHandshake answer(fd);

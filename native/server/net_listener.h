@@ -60,6 +60,8 @@ class NetListener {
 
   // "tcp://HOST:PORT", see kvfs_server_listen. Any thread. The port, or -errno.
   int listen_tcp(const std::string& url, std::string* why);
+  // "shm://NAME": 0 or -errno. Any thread.
+  int listen_shm(const std::string& url, std::string* why);
   int add_hook(std::unique_ptr<ListenerHook> hook);  // before or after start(); 0 or -errno
   void set_map(std::shared_ptr<const ServedMap> map);
   std::shared_ptr<const ServedMap> map() const;
@@ -76,6 +78,7 @@ class NetListener {
     uint64_t deadline_ns = 0;
     bool writing = false;
   };
+  int add_listener(int fd);  // under mu_; 0 or -errno
   void run();
   void accept_some(int listener);
   void go_on(Peer* p);
@@ -96,6 +99,7 @@ class NetListener {
   std::atomic<bool> stop_{false};
   mutable std::mutex mu_;
   std::vector<int> listeners_;                        // by mu_
+  std::vector<std::string> paths_;                    // by mu_: of Unix sockets
   std::vector<std::unique_ptr<ListenerHook>> hooks_;  // by mu_
   std::shared_ptr<const ServedMap> map_;              // by mu_
   bool listening_ = true;                             // by mu_: the epoll set has the listeners

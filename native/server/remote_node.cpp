@@ -10,6 +10,7 @@
 
 #include "../remote/connector.h"
 #include "../remote/rdma_transport.h"
+#include "../remote/shm_transport.h"
 #include "../remote/tcp_transport.h"
 #include "node.h"
 
@@ -19,7 +20,7 @@ namespace {
 constexpr uint8_t kClassCache = 1, kClassDurable = 2;  // MapNamespace::cls
 constexpr uint32_t kMaxRemoteConnections = 16;         // per rail
 constexpr uint32_t kMinDeadlineMs = 100;
-constexpr uint32_t kTcpOnly = 1, kRdmaOnly = 2;  // kvfs_remote_config::transport
+constexpr uint32_t kAny = 0, kTcpOnly = 1, kRdmaOnly = 2;  // kvfs_remote_config::transport
 
 // Every target has an endpoint that one of our ports can reach.
 bool reaches_all(RdmaTransport* rdma, const wire::ClusterMap& map, std::string* why) {
@@ -77,6 +78,7 @@ Status RemoteNode::open(Uring* uring, Namespaces* namespaces, std::unique_ptr<St
   c.features = wire::kFeatures & ~(data_sums_ ? uint64_t{0} : wire::kDataSums);
   auto connector = std::make_unique<Connector>(uring, std::move(c));
   connector->add(std::make_unique<TcpTransport>(uring));
+  if (opt_.peer.transport == kAny) connector->add(std::make_unique<ShmTransport>(uring));
   if (opt_.peer.transport != kTcpOnly) {
     std::string why;
     std::unique_ptr<RdmaTransport> rdma = RdmaTransport::open(uring, rails_, &why);

@@ -9,14 +9,33 @@
 
 namespace kvfs::wire {
 
+bool shm_name_ok(std::string_view name) {
+  if (name.empty() || name.size() > sizeof MapEndpoint::address || name.front() == '.') return false;
+  return std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
+           c == '-';
+  });
+}
+
 uint32_t ClusterMap::target_of(const ChunkKey& key) const { return slots[xxh3(&key, sizeof key) & (slots.size() - 1)]; }
 
 namespace {
+
+// Its name is part of a path.
+bool shm_ok(const MapEndpoint& e) {
+  const std::string name = shm_name(e);
+  return e.family == 0 && e.port == 0 && shm_name_ok(name) &&
+         std::all_of(e.address + name.size(), std::end(e.address), [](uint8_t c) { return c == 0; });
+}
 
 bool target_ok(const MapTarget& t) {
   if (t.rsv != 0 || t.endpoints == 0 || t.endpoints > kMaxEndpoints) return false;
   for (uint32_t i = 0; i < t.endpoints; ++i) {
     const MapEndpoint& e = t.endpoint[i];
+    if (e.transport == uint8_t(Transport::Shm)) {
+      if (!shm_ok(e)) return false;
+      continue;
+    }
     if (e.transport != uint8_t(Transport::Tcp) && e.transport != uint8_t(Transport::Rdma)) return false;
     if ((e.family != 4 && e.family != 6) || e.port == 0) return false;
   }

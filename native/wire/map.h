@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "wire.h"
@@ -30,16 +32,22 @@ struct MapHeader {
 };
 static_assert(sizeof(MapHeader) == 32);
 
-enum class Transport : uint8_t { Tcp = 1, Rdma = 2 };
+enum class Transport : uint8_t { Tcp = 1, Rdma = 2, Shm = 3 };
 
 struct MapEndpoint {
   uint8_t transport;
-  uint8_t family;  // 4 or 6
-  uint16_t port;
+  uint8_t family;       // 4 or 6; Shm: 0
+  uint16_t port;        // Shm: 0
   uint32_t speed;       // Mbit/s of the rail at the server's end; 0 = unknown
-  uint8_t address[16];  // IPv4 in the first four
+  uint8_t address[16];  // IPv4 in the first four; Shm: the name of a socket, behind it zeros
 };
 static_assert(sizeof(MapEndpoint) == 24);
+
+bool shm_name_ok(std::string_view name);  // 1..16 of A-Z a-z 0-9 . _ -, not beginning with a dot
+inline std::string shm_name(const MapEndpoint& e) {
+  const auto* p = reinterpret_cast<const char*>(e.address);
+  return {p, strnlen(p, sizeof e.address)};
+}
 
 struct MapTarget {
   uint32_t id;      // of the target, in the whole cluster

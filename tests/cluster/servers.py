@@ -41,6 +41,7 @@ class Server:
     port: int
     admin: int
     process: subprocess.Popen[bytes] | None = None
+    shm: bool = False
 
     @property
     def url(self) -> str:
@@ -49,7 +50,7 @@ class Server:
     @property
     def urls(self) -> list[str]:
         """Where it listens, and the cluster's map says so."""
-        return [self.url]
+        return [self.url, f"shm://{self.directory.name}"] if self.shm else [self.url]
 
     @property
     def host(self) -> str:
@@ -170,11 +171,11 @@ def new_key(path: Path) -> Path:
     return path
 
 
-def cluster(count: int, *, more: str = "") -> AbstractContextManager[Cluster]:
-    """On loopback."""
+def cluster(count: int, *, more: str = "", shm: bool = False) -> AbstractContextManager[Cluster]:
+    """On loopback; with `shm` at shm:// endpoints, too."""
 
     def make(directory: Path) -> Server:
-        return Server(directory, free_port(), free_port())
+        return Server(directory, free_port(), free_port(), shm=shm)
 
     return cluster_of([make] * count, more=more)
 

@@ -99,7 +99,9 @@ def init(
 @app.command("add-target", epilog=TARGET_EXAMPLES)
 def add_target(
     path: File,
-    endpoints: Annotated[list[str], typer.Argument(metavar="URL...", help="tcp://ADDRESS:PORT, rdma://ADDRESS:PORT")],
+    endpoints: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="tcp://ADDRESS:PORT, rdma://ADDRESS:PORT, shm://NAME")
+    ],
     number: Annotated[int, typer.Option("--number", help="Which device of its server, from 0 on.")] = 0,
     ident: Annotated[int | None, typer.Option("--id", help="In the whole cluster (default: the next).")] = None,
     lose: Annotated[

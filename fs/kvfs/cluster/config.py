@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from kvfs.cluster.map import MapError, Transport
+from kvfs.cluster.map import Address, MapError, Transport, shm_name
 from kvfs.config import MIN_STORE, ConfigError, Size, explain, hook, read_toml
 
 MAX_DEVICES: Final = 64
@@ -22,7 +22,8 @@ DEFAULT: Final = """\
 # What there is in the cluster, the same file on all servers. After a change: kill -HUP.
 cluster = "/etc/kvfs/cluster.toml"
 
-# Where clients connect: tcp://ADDRESS:PORT, rdma://ADDRESS:PORT; numeric addresses, [::] and 0.0.0.0 are all.
+# Where clients connect: tcp://ADDRESS:PORT, rdma://ADDRESS:PORT; numeric addresses, [::] and 0.0.0.0 are all. And, for
+# clients on this host, shm://NAME: shared memory, which begins at the socket /run/kvfs/NAME.
 listen = ["tcp://127.0.0.1:7117"]
 
 # The public key of who issues tokens (`kvfs token keygen`). Without it everybody who can connect may do everything,
@@ -75,8 +76,10 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_sums: bool = True
 
 
-def listener(url: str) -> tuple[Transport, ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
-    """Of tcp://ADDRESS:PORT; port 0 is any."""
+def listener(url: str) -> tuple[Transport, Address | str, int]:
+    """Of tcp://ADDRESS:PORT; port 0 is any. Or of shm://NAME."""
+    if url.startswith("shm:"):
+        return Transport.SHM, shm_name(url), 0
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname
@@ -85,7 +88,9 @@ def listener(url: str) -> tuple[Transport, ipaddress.IPv4Address | ipaddress.IPv
         if port is None or parts.path or parts.query or parts.fragment:
             raise ValueError
     except ValueError:
-        raise MapError(f"{url!r} is not tcp://ADDRESS:PORT or rdma://ADDRESS:PORT with a numeric address") from None
+        raise MapError(
+            f"{url!r} is not tcp://ADDRESS:PORT or rdma://ADDRESS:PORT with a numeric address, or shm://NAME"
+        ) from None
     return transport, address, port
 
 
@@ -136,10 +141,10 @@ def check(config: ChunkConfig) -> None:
     except MapError as error:
         raise ConfigError(f"listen: {error}") from None
     if all(transport is not Transport.TCP for transport, _, _ in listeners):
-        raise ConfigError("listen: no tcp:// address; sessions begin on one, also those over RDMA")
+        raise ConfigError("listen: no tcp:// address; sessions begin on one, whatever else there is")
     if config.auth_key is None and not config.insecure:
         for url, (_, address, _) in zip(config.listen, listeners, strict=True):
-            if not address.is_loopback:
+            if not isinstance(address, str) and not address.is_loopback:
                 raise ConfigError(
                     f"listen: {url} is for others than this host, and without auth_key everybody may do everything; "
                     "set auth_key, or insecure = true if that is what you want"

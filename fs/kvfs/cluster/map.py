@@ -7,6 +7,7 @@ MapError of one sentence for what is no map. Every ClusterMap that exists has pa
 from __future__ import annotations
 
 import ipaddress
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -47,9 +48,11 @@ class MapError(ValueError):
 class Transport(StrEnum):
     TCP = "tcp"
     RDMA = "rdma"
+    SHM = "shm"
 
 
-_TRANSPORTS: Final = (Transport.TCP, Transport.RDMA)  # 1, 2 in the bytes
+_TRANSPORTS: Final = (Transport.TCP, Transport.RDMA, Transport.SHM)  # 1, 2, 3 in the bytes
+_SHM_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,15}")
 
 
 class Class(StrEnum):
@@ -63,19 +66,32 @@ class Class(StrEnum):
 _CLASSES: Final = (Class.CACHE, Class.DURABLE, Class.VOLUME)  # 1, 2, 3 in the bytes
 
 
+def shm_name(url: str) -> str:
+    """NAME of shm://NAME."""
+    name = url.removeprefix("shm://")
+    if name == url or not _SHM_NAME.fullmatch(name):
+        raise MapError(f"{url!r} is not shm://NAME with a name of up to 16 of A-Z a-z 0-9 . _ -")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a target can be reached. `speed`: Mbit/s of the server's link, 0 when not known."""
+    """Where a target can be reached. `speed`: Mbit/s of the server's link, 0 when not known.
+
+    Of shm:// the address is the name of a socket on the server's host, and there is no port."""
 
     transport: Transport
-    address: Address
+    address: Address | str
     port: int
     speed: int = 0
 
     @classmethod
     def parse(cls, url: str) -> Endpoint:
-        """tcp://ADDRESS:PORT or rdma://ADDRESS:PORT, with ?speed=MBITS if that is to be known; ADDRESS is numeric."""
-        wrong = MapError(f"{url!r} is not tcp://ADDRESS:PORT or rdma://ADDRESS:PORT")
+        """tcp://ADDRESS:PORT or rdma://ADDRESS:PORT, with ?speed=MBITS if that is to be known; ADDRESS is numeric. Or
+        shm://NAME."""
+        if url.startswith("shm:"):
+            return cls(Transport.SHM, shm_name(url), 0)
+        wrong = MapError(f"{url!r} is not tcp://ADDRESS:PORT, rdma://ADDRESS:PORT or shm://NAME")
         try:
             parts = urlsplit(url)
             port, host = parts.port, parts.hostname
@@ -97,7 +113,18 @@ class Endpoint:
             speed = int(value)
         return cls(transport, address, port, speed)
 
+    @property
+    def family(self) -> int:
+        """As in the bytes."""
+        return 0 if isinstance(self.address, str) else self.address.version
+
+    @property
+    def packed(self) -> bytes:
+        return self.address.encode() if isinstance(self.address, str) else self.address.packed
+
     def __str__(self) -> str:
+        if isinstance(self.address, str):
+            return f"shm://{self.address}"
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
         return f"{self.transport}://{host}:{self.port}" + (f"?speed={self.speed}" if self.speed else "")
 
@@ -141,6 +168,10 @@ def spread(slots: int, targets: Sequence[int]) -> tuple[int, ...]:
         left[best] -= 1
         out.append(best)
     return tuple(out)
+
+
+def _port_ok(endpoint: Endpoint) -> bool:
+    return endpoint.port == 0 if endpoint.transport is Transport.SHM else 1 <= endpoint.port <= 65535
 
 
 def _twice(values: Iterable[object]) -> object | None:
@@ -214,10 +245,15 @@ class ClusterMap:
             raise MapError(
                 f"target {target.id} has {len(target.endpoints)} endpoints: 1 to {MAX_ENDPOINTS} are possible"
             )
-        if any(not 1 <= e.port <= 65535 or not 0 <= e.speed <= _U32 for e in target.endpoints):
+        for e in target.endpoints:
+            if (e.transport is Transport.SHM) != isinstance(e.address, str):
+                raise MapError(f"target {target.id} has an endpoint {e.transport}:// at {e.address}")
+            if isinstance(e.address, str):
+                shm_name(str(e))
+        if any(not _port_ok(e) or not 0 <= e.speed <= _U32 for e in target.endpoints):
             raise MapError(f"target {target.id} has an endpoint without a port, or of an impossible speed")
         if all(e.transport is not Transport.TCP for e in target.endpoints):
-            raise MapError(f"target {target.id} has no tcp:// endpoint: sessions begin on one, also those over RDMA")
+            raise MapError(f"target {target.id} has no tcp:// endpoint: sessions begin on one, whatever else there is")
 
     @staticmethod
     def _check_namespace(namespace: Namespace) -> None:
@@ -247,7 +283,7 @@ class ClusterMap:
             body += _TARGET.pack(target.id, target.number, len(target.endpoints), 0)
             for e in target.endpoints:
                 transport = _TRANSPORTS.index(e.transport) + 1
-                body += _ENDPOINT.pack(transport, e.address.version, e.port, e.speed, e.address.packed)
+                body += _ENDPOINT.pack(transport, e.family, e.port, e.speed, e.packed)
             body += bytes((MAX_ENDPOINTS - len(target.endpoints)) * _ENDPOINT.size)
         body += struct.pack(f"<{len(self.slots)}H", *self.slots)
         for n in self.namespaces:
@@ -285,6 +321,9 @@ def _decode_target(raw: bytes, at: int) -> Target:
     endpoints: list[Endpoint] = []
     for i in range(count):
         transport, family, port, speed, packed = _ENDPOINT.unpack_from(raw, at + _TARGET.size + i * _ENDPOINT.size)
+        if (transport, family) == (3, 0):
+            endpoints.append(Endpoint(Transport.SHM, unpad(packed, full=True), port, speed))
+            continue
         if transport not in (1, 2) or family not in (4, 6):
             raise MapError(f"target {ident} has an endpoint of an unknown kind")
         address = ipaddress.ip_address(packed[:4] if family == 4 else packed)
@@ -300,11 +339,12 @@ def _decode_namespace(raw: bytes, at: int) -> Namespace:
     return Namespace(ident, unpad(tenant), unpad(name), _CLASSES[cls - 1])
 
 
-def unpad(field: bytes) -> str:
-    """Text that ends at the first NUL of a fixed-size field; behind it there must be nothing else."""
+def unpad(field: bytes, *, full: bool = False) -> str:
+    """Text that ends at the first NUL of a fixed-size field; behind it there must be nothing else. `full`: or at the
+    field's end."""
     text, _, rest = field.partition(b"\0")
     try:
-        if rest.strip(b"\0") or len(text) == len(field):
+        if rest.strip(b"\0") or (len(text) == len(field) and not full):
             raise ValueError
         return text.decode("ascii")
     except ValueError:

@@ -189,7 +189,7 @@ def target_ids(config: ChunkConfig, cluster: ClusterMap) -> list[str]:
     """What metrics call each device: the id of the target that the cluster map has at one of our addresses, or its number.
 
     Addresses such as 0.0.0.0 say only the port; a map that has two servers on one such port tells nothing then."""
-    ports = {url.rpartition(":")[2] for url in config.listen}
+    ports = {url.rpartition(":")[2] for url in config.listen if not url.startswith("shm:")}
     out: list[str] = []
     for number in range(len(config.device)):
         ours = [t.id for t in cluster.targets if t.number == number and any(str(e.port) in ports for e in t.endpoints)]

@@ -24,9 +24,11 @@ from kvfs.cluster.map import (
 
 U32 = st.integers(0, 2**32 - 1)
 NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}", fullmatch=True)
-ENDPOINTS = st.builds(Endpoint, st.sampled_from(Transport), st.ip_addresses(), st.integers(1, 65535), U32).filter(
+NETWORKS = st.sampled_from([Transport.TCP, Transport.RDMA])
+SOCKETS = st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,15}", fullmatch=True)
+ENDPOINTS = st.builds(Endpoint, NETWORKS, st.ip_addresses(), st.integers(1, 65535), U32).filter(
     lambda e: not getattr(e.address, "scope_id", None)
-)
+) | st.builds(Endpoint, st.just(Transport.SHM), SOCKETS, st.just(0))
 
 
 def target(ident: int, more: list[Endpoint]) -> Target:
@@ -132,6 +134,12 @@ def test_the_target_of_a_key_is_that_of_the_low_bits_of_its_hash() -> None:
         ("tcp://[fe80::1%25eth0]:7117", "scope"),
         ("tcp://10.0.0.1:7117?speed=fast", "only ?speed=MBITS"),
         ("tcp://10.0.0.1:7117?color=1", "only ?speed=MBITS"),
+        ("shm://", "is not shm://"),
+        ("shm:/run/kvfs/a", "is not shm://"),
+        ("shm://a/b", "is not shm://"),
+        ("shm://..", "is not shm://"),
+        ("shm://seventeen-letters", "is not shm://"),
+        ("shm://a?speed=1", "is not shm://"),
     ],
 )
 def test_wrong_endpoints_are_named(text: str, why: str) -> None:
@@ -140,7 +148,7 @@ def test_wrong_endpoints_are_named(text: str, why: str) -> None:
     assert why in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["tcp://10.0.0.1:7117", "rdma://[fd00::1]:7118?speed=100000"])
+@pytest.mark.parametrize("text", ["tcp://10.0.0.1:7117", "rdma://[fd00::1]:7118?speed=100000", "shm://Host-7.kvfs_0"])
 def test_endpoints_are_written_as_they_are_read(text: str) -> None:
     assert str(Endpoint.parse(text)) == text
 
@@ -161,6 +169,13 @@ def test_what_cannot_be_a_cluster_is_refused() -> None:
     refused("target 1 is there twice", Target(1, 0, (tcp,)), Target(1, 1, (tcp,)))
     refused("two targets are number 0", Target(1, 0, (tcp,)), Target(2, 0, (tcp,)))
     refused("no tcp:// endpoint", Target(1, 0, (rdma,)))
+    shm = Endpoint.parse("shm://host-a")
+    refused("no tcp:// endpoint", Target(1, 0, (shm,)))
+    refused("two targets are number 0", Target(1, 0, (tcp, shm)), Target(2, 0, (Endpoint.parse("tcp://[::1]:1"), shm)))
+    refused("is not shm://", Target(1, 0, (tcp, Endpoint(Transport.SHM, "a/b", 0))))
+    refused("without a port", Target(1, 0, (tcp, Endpoint(Transport.SHM, "a", 1))))
+    refused("endpoint shm:// at", Target(1, 0, (tcp, Endpoint(Transport.SHM, tcp.address, 0))))
+    refused("endpoint tcp:// at", Target(1, 0, (tcp, Endpoint(Transport.TCP, "a", 1))))
     refused("0 endpoints", Target(1, 0, ()))
     one = Target(1, 0, (tcp,))
     refused("id 16", one, names=(Namespace(16, "a", "b", Class.CACHE), Namespace(16, "a", "c", Class.CACHE)))

@@ -1,0 +1,270 @@
+// shm_channel_test.cpp: both ends of a channel through shared memory together: what goes in at one end comes out at the other,
+// whatever the sizes, the order of answers, the room in rings, arena and buffers, cancels and ends in between.
+#include <gtest/gtest.h>
+
+#include "channel_fixture.h"
+#include "shm_fixture.h"
+
+namespace kvfs {
+namespace {
+
+using wire::Op;
+
+class ShmChannel : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_EQ(Uring::create(UringOptions{}, &ring_).err, 0); }
+  void open(uint64_t features = wire::kFeatures, uint32_t max_batch = 64) {
+    const ShmPair pair(max_batch);
+    handler_.features = features;
+    ChannelLimits cl;
+    cl.features = features;
+    cl.max_batch = max_batch;
+    client_ = std::make_unique<ShmClientChannel>(*ring_, pair.link(1), cl);
+    ShmServerLimits sl;
+    sl.max_ops = 4096;
+    sl.max_batch = max_batch;
+    sl.max_in = 128ull << 20;
+    sl.features = features;
+    server_ = std::make_unique<ShmServerChannel>(*ring_, pair.link(0), handler_, sl);
+    server_->start();
+  }
+  void TearDown() override {
+    if (client_ == nullptr) return;
+    handler_.hold = false;
+    client_->close();
+    if (server_ != nullptr) server_->close();
+    for (int i = 0; i < 1000 && !(client_->closed() && (server_ == nullptr || server_->closed())); ++i) turn();
+    EXPECT_TRUE(client_->closed());
+    EXPECT_EQ(client_->ops_inflight(), 0u);
+    EXPECT_EQ(client_->bytes_inflight(), 0u);
+    for (const auto& c : calls_) EXPECT_EQ(c->back, 1u) << "every operation comes back once";
+    if (server_ == nullptr) return;
+    EXPECT_TRUE(server_->closed());
+    EXPECT_EQ(handler_.ended_times, 1u);
+    EXPECT_EQ(handler_.out, 0u) << "every buffer comes back";
+    EXPECT_EQ(handler_.taken, handler_.released_ops);
+  }
+  void turn(uint64_t wait_ns = 1'000'000) {
+    ASSERT_GE(ring_->submit_and_wait(wait_ns), 0);
+    if (server_ != nullptr) handler_.answer(server_.get());
+    client_->flush(1);
+  }
+  bool settle(int turns = 20000) {
+    for (int i = 0; i < turns && client_->ops_inflight() != 0; ++i) turn();
+    return client_->ops_inflight() == 0;
+  }
+  Call* call(Op op, uint64_t key = 0, uint32_t len = 0, uint32_t off = 0) {
+    calls_.push_back(std::make_unique<Call>(op, key, len, off));
+    Call* c = calls_.back().get();
+    if (op == Op::Put || op == Op::Write) std::memcpy(c->mem.get(), pattern(key, len).data(), len);
+    client_->submit(&c->op);
+    return c;
+  }
+  void store(uint64_t key, uint32_t len) {
+    Call c(Op::Get, key);
+    handler_.chunks[chunk_name(c.op.desc)] = pattern(key, len);
+  }
+  static bool right(const Call& c, uint64_t key, uint32_t len) {
+    return c.op.answered && c.op.result == len && std::memcmp(c.mem.get(), pattern(key, len).data(), len) == 0;
+  }
+
+  std::unique_ptr<Uring> ring_;
+  MapHandler handler_;
+  std::unique_ptr<ShmClientChannel> client_;
+  std::unique_ptr<ShmServerChannel> server_;
+  Calls calls_;
+};
+
+TEST_F(ShmChannel, EveryOperationGoesThereAndBack) {
+  open();
+  Call* put = call(Op::Put, 1, 5000);
+  Call* write = call(Op::Write, 2, 4096, 8192);
+  ASSERT_TRUE(settle());
+  EXPECT_EQ(put->op.result, 1);
+  EXPECT_EQ(write->op.result, 4096);
+  Call* again = call(Op::Put, 1, 5000);
+  Call* get = call(Op::Get, 1, 5000);
+  Call* tail = call(Op::Get, 1, 5000, 4000);
+  Call* none = call(Op::Get, 9, 100);
+  Call* lookup = call(Op::Lookup, 1);
+  Call* scan = call(Op::Scan, 0, 6400);
+  Call* stat = call(Op::Stat, 0, sizeof(wire::TargetStat));
+  Call* flush = call(Op::Flush, 2);
+  Call* sync = call(Op::Sync);
+  Call* purge = call(Op::Purge);
+  ASSERT_TRUE(settle());
+  EXPECT_EQ(again->op.result, 0);
+  EXPECT_TRUE(right(*get, 1, 5000));
+  EXPECT_EQ(tail->op.result, 1000);
+  EXPECT_EQ(std::memcmp(tail->mem.get(), pattern(1, 5000).data() + 4000, 1000), 0);
+  EXPECT_EQ(none->op.result, -ENOENT);
+  EXPECT_TRUE(none->op.answered);
+  EXPECT_EQ(lookup->op.result, 5000);
+  EXPECT_EQ(scan->op.result, 64);
+  EXPECT_EQ(stat->op.result, 32);
+  wire::TargetStat st;
+  std::memcpy(&st, stat->mem.get(), sizeof st);
+  EXPECT_EQ(st.room, 400u);
+  for (Call* c : {flush, sync, purge}) EXPECT_TRUE(c->op.answered && c->op.result == 0);
+  Call* cut = call(Op::Truncate, 2, 0, 100);
+  Call* del = call(Op::Delete, 1);
+  ASSERT_TRUE(settle());
+  EXPECT_EQ(cut->op.result, 0);
+  EXPECT_EQ(del->op.result, 0);
+  EXPECT_EQ(handler_.chunks.size(), 1u);
+}
+
+TEST_F(ShmChannel, BatchesOfAllSizesMakeOneFrameEach) {
+  open(wire::kFeatures, 256);
+  for (uint32_t k = 0; k < 256; ++k) store(k, 4096);
+  for (const uint32_t n : {1u, 2u, 63u, 64u, 255u, 256u}) {
+    std::vector<Call*> gets;
+    const auto before = client_->counters().frames_out;
+    for (uint32_t k = 0; k < n; ++k) gets.push_back(call(Op::Get, k, 4096));
+    ASSERT_TRUE(settle());
+    EXPECT_EQ(client_->counters().frames_out, before + 1);
+    for (uint32_t k = 0; k < n; ++k) EXPECT_TRUE(right(*gets[k], k, 4096)) << k << " of " << n;
+  }
+}
+
+TEST_F(ShmChannel, ABatchOf64TakesOneBellThereAndOneBack) {
+  open();
+  for (uint32_t k = 0; k < 64; ++k) store(k, 4096);
+  for (int i = 0; i < 10; ++i) turn(0);  // both sleep
+  const auto there = client_->counters().calls, back = server_->counters().calls;
+  for (uint32_t k = 0; k < 64; ++k) call(Op::Get, k, 4096);
+  ASSERT_TRUE(settle());
+  EXPECT_EQ(client_->counters().calls, there + 1);
+  EXPECT_EQ(server_->counters().calls, back + 1);
+}
+
+TEST_F(ShmChannel, AnySizeUpToTheLargestIsCarriedWithAndWithoutSums) {
+  for (const uint64_t features : {wire::kFeatures, uint64_t{0}}) {
+    open(features);
+    std::vector<uint32_t> sizes = {1, 7, 63, 64, 4095, 4096, 4097, 65537, 1u << 20, kMaxChunk - 1, kMaxChunk};
+    for (const uint32_t n : sizes) call(Op::Put, n, n);
+    ASSERT_TRUE(settle()) << "what finds no room in the arena waits";
+    std::vector<Call*> gets;
+    for (const uint32_t n : sizes) gets.push_back(call(Op::Get, n, n));
+    ASSERT_TRUE(settle());
+    for (size_t i = 0; i < sizes.size(); ++i) EXPECT_TRUE(right(*gets[i], sizes[i], sizes[i])) << sizes[i];
+    TearDown();
+    client_.reset();
+    server_.reset();
+    calls_.clear();
+    handler_ = MapHandler{};
+  }
+}
+
+TEST_F(ShmChannel, MoreThanRingArenaAndBuffersHoldGetsThroughInAnyOrder) {
+  open(wire::kFeatures, 4);
+  handler_.room = 256u << 10;
+  handler_.answers = 3;
+  handler_.shuffle = true;
+  for (uint32_t k = 0; k < 600; ++k) call(Op::Put, k, 60000);  // 36 MB, 150 frames
+  ASSERT_TRUE(settle());
+  EXPECT_GT(handler_.refused, 0u) << "buffers ran out";
+  std::vector<Call*> gets;
+  handler_.answers = 256;
+  for (uint32_t k = 0; k < 600; ++k) gets.push_back(call(Op::Get, k, 60000));
+  ASSERT_TRUE(settle());
+  for (uint32_t k = 0; k < 600; ++k) EXPECT_TRUE(right(*gets[k], k, 60000)) << k;
+}
+
+TEST_F(ShmChannel, AnswersThatFindTheRingFullWaitAndNothingIsLost) {
+  open(wire::kFeatures, 1);  // a frame per operation, 64 slots
+  handler_.hold = true;
+  store(1, 100);
+  std::vector<Call*> gets;
+  for (uint32_t k = 0; k < 300; ++k) gets.push_back(call(Op::Get, 1, 100));
+  for (int i = 0; i < 3000 && handler_.waiting.size() < 300; ++i) turn();
+  ASSERT_EQ(handler_.waiting.size(), 300u);
+  handler_.hold = false;
+  handler_.answers = 1000;
+  ASSERT_TRUE(settle());
+  for (Call* c : gets) EXPECT_TRUE(right(*c, 1, 100));
+}
+
+TEST_F(ShmChannel, WhatIsCancelledComesBackAtOnceAndItsMemoryIsNotTouchedAnyMore) {
+  open();
+  store(1, 4096);
+  handler_.hold = true;
+  std::vector<Call*> gets;
+  for (int i = 0; i < 8; ++i) gets.push_back(call(Op::Get, 1, 4096));
+  for (int i = 0; i < 1000 && handler_.waiting.size() < 8; ++i) turn();
+  for (int i = 0; i < 7; ++i) client_->cancel(&gets[size_t(i)]->op);
+  for (int i = 0; i < 1000 && !gets[6]->ended(); ++i) turn();
+  for (int i = 0; i < 7; ++i) {
+    EXPECT_TRUE(gets[size_t(i)]->ended() && gets[size_t(i)]->op.cancelled && !gets[size_t(i)]->op.answered);
+    gets[size_t(i)]->mem.reset();  // ASan sees who touches it
+  }
+  EXPECT_EQ(client_->ops_inflight(), 8u) << "the server has yet to answer";
+  EXPECT_TRUE(handler_.cancelled.empty()) << "one of the batch is wanted";
+  handler_.hold = false;
+  ASSERT_TRUE(settle());
+  EXPECT_TRUE(right(*gets[7], 1, 4096));
+
+  handler_.hold = true;
+  Call* last = call(Op::Get, 1, 4096);
+  for (int i = 0; i < 1000 && handler_.waiting.empty(); ++i) turn();
+  client_->cancel(&last->op);
+  for (int i = 0; i < 1000 && handler_.cancelled.empty(); ++i) turn();
+  EXPECT_EQ(handler_.cancelled.size(), 1u) << "nothing of the batch is wanted";
+  Call* unsent = call(Op::Get, 1, 4096);
+  client_->cancel(&unsent->op);
+  for (int i = 0; i < 1000 && !unsent->ended(); ++i) turn();
+  EXPECT_TRUE(unsent->op.cancelled);
+}
+
+TEST_F(ShmChannel, APingIsAnsweredThoughNothingElseIs) {
+  open();
+  store(1, 10);
+  handler_.hold = true;
+  call(Op::Get, 1, 10);
+  for (int i = 0; i < 10; ++i) turn();
+  const uint64_t before = client_->heard_ns();
+  client_->ping();
+  for (int i = 0; i < 1000 && client_->heard_ns() == before; ++i) turn();
+  EXPECT_GT(client_->heard_ns(), before);
+  EXPECT_EQ(client_->error(), 0);
+}
+
+TEST_F(ShmChannel, AServerThatIsGoneIsNoticedAndWhatItHadAnsweredCounts) {
+  open();
+  store(1, 4096);
+  Call* answered = call(Op::Get, 1, 4096);
+  client_->flush(1);
+  handler_.hold = true;
+  for (int i = 0; i < 1000 && handler_.waiting.empty(); ++i) turn(0);
+  Call* open_one = call(Op::Get, 1, 4096);
+  client_->flush(1);
+  for (int i = 0; i < 1000 && handler_.waiting.size() < 2; ++i) turn(0);
+  ServerOp* first = handler_.waiting.front();
+  handler_.waiting.erase(handler_.waiting.begin());
+  server_->reply(first);
+  server_->flush();
+  server_->close();  // before the client has looked
+  for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
+  EXPECT_TRUE(right(*answered, 1, 4096));
+  EXPECT_TRUE(open_one->ended() && !open_one->op.answered);
+  EXPECT_EQ(open_one->op.result, -ECONNRESET);
+  Call* late = call(Op::Get, 1, 4096);
+  client_->flush(1);
+  EXPECT_TRUE(late->ended() && !late->op.answered);
+}
+
+TEST_F(ShmChannel, AClientThatIsGoneEndsTheChannelAndItsOperationsGoBackToTheHandler) {
+  open();
+  store(1, 4096);
+  handler_.hold = true;
+  for (int i = 0; i < 20; ++i) call(Op::Get, 1, 4096);
+  for (int i = 0; i < 5; ++i) call(Op::Put, 7, 4096);
+  for (int i = 0; i < 1000 && handler_.waiting.size() < 25; ++i) turn();
+  client_->close();
+  for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
+  EXPECT_EQ(handler_.ended_times, 1u);
+  EXPECT_EQ(handler_.ended_with, 0);
+}
+
+}  // namespace
+}  // namespace kvfs
