@@ -2,6 +2,9 @@
 // whatever the sizes, the order of answers, the room in rings, arena and buffers, cancels and ends in between.
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <thread>
+
 #include "channel_fixture.h"
 #include "shm_fixture.h"
 
@@ -264,6 +267,45 @@ TEST_F(ShmChannel, AClientThatIsGoneEndsTheChannelAndItsOperationsGoBackToTheHan
   for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
   EXPECT_EQ(handler_.ended_times, 1u);
   EXPECT_EQ(handler_.ended_with, 0);
+}
+
+// Each end on a thread that sleeps until it is woken: a bell that is not rung is seen as a wait of seconds.
+TEST_F(ShmChannel, EndsThatSleepOnThreadsOfTheirOwnAreAlwaysWoken) {
+  const ShmPair pair;
+  for (uint32_t k = 0; k < 64; ++k) store(k, 1000 + k);
+  std::atomic<bool> stop{false};
+  std::thread serving([&, link = pair.link(0)]() mutable {
+    std::unique_ptr<Uring> ring;
+    ASSERT_EQ(Uring::create(UringOptions{}, &ring).err, 0);
+    ShmServerChannel server(*ring, std::move(link), handler_, ShmServerLimits{});
+    server.start();
+    while (!server.closed()) {
+      ASSERT_GE(ring->submit_and_wait(stop ? 1'000'000 : 20'000'000'000), 0);
+      handler_.answer(&server);
+    }
+  });
+  client_ = std::make_unique<ShmClientChannel>(*ring_, pair.link(1), ChannelLimits{});
+  std::mt19937_64 random(1);
+  for (uint32_t round = 0; round < 2000; ++round) {
+    const auto n = uint32_t(1 + random() % 8);
+    std::vector<Call*> gets;
+    for (uint32_t k = 0; k < n; ++k) gets.push_back(call(Op::Get, k, 1000 + k));
+    client_->flush(1);
+    const uint64_t began = monotonic_ns();
+    while (client_->ops_inflight() != 0) {
+      ASSERT_GE(ring_->submit_and_wait(5'000'000'000), 0);
+      ASSERT_LT(monotonic_ns() - began, 5'000'000'000u) << "round " << round;
+      client_->flush(1);
+    }
+    for (uint32_t k = 0; k < n; ++k) ASSERT_TRUE(right(*gets[k], k, 1000 + k));
+    calls_.clear();
+  }
+  client_->close();
+  while (!client_->closed()) ASSERT_GE(ring_->submit_and_wait(1'000'000), 0);
+  stop = true;
+  serving.join();
+  EXPECT_EQ(handler_.ended_times, 1u);
+  EXPECT_EQ(handler_.out, 0u);
 }
 
 }  // namespace

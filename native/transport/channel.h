@@ -1,6 +1,6 @@
 // channel.h owns what the two ends of a connection look like to those who use it: ClientChannel, on which requests leave
-// and come back answered, and ServerChannel, from which requests arrive and on which they are answered. TCP and RDMA are
-// implementations; neither knows what an operation means. All of a channel runs on the reactor thread of its Uring.
+// and come back answered, and ServerChannel, from which requests arrive and on which they are answered. TCP, RDMA and shared
+// memory are implementations; none knows what an operation means. All of a channel runs on the reactor thread of its Uring.
 // Callbacks run from Uring::submit_and_wait or from flush(), never from submit() or reply().
 #pragma once
 
@@ -41,7 +41,7 @@ struct ChannelLimits {  // of the session, as the HelloReply says
 
 struct ChannelCounters {
   uint64_t frames_out = 0, frames_in = 0, bytes_out = 0, bytes_in = 0;  // payload bytes
-  uint64_t calls = 0;   // TCP: io_uring send and receive requests; RDMA: doorbells
+  uint64_t calls = 0;   // TCP: io_uring send and receive requests; RDMA: doorbells; shared memory: bells
   uint64_t rdma = 0;    // RDMA READ and WRITE operations
   uint64_t copied = 0;  // payload bytes that were copied in user space
 };

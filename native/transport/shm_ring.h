@@ -14,8 +14,8 @@
 
 namespace kvfs {
 
-constexpr uint32_t kShmMagic = 0x4d46564bu ^ 0x20202020u;  // "kvfm"
-constexpr uint32_t kShmWords = 4096;                       // bytes of the indices at the segment's start
+constexpr uint32_t kShmMagic = 0x6d66766bu;  // "kvfm"
+constexpr uint32_t kShmWords = 4096;         // bytes of the indices at the segment's start
 constexpr uint32_t kShmMaxSlots = 1024;
 constexpr uint32_t kShmMaxSlotBytes = 64u << 10;
 constexpr uint64_t kShmMaxArena = 1u << 30;

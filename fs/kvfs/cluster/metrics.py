@@ -74,7 +74,7 @@ SERVER_COUNTERS: Final = {
     "bytes_out": "Bytes of data to clients.",
     "frames_in": "Frames from clients.",
     "frames_out": "Frames to clients.",
-    "calls": "io_uring requests on sockets, and RDMA doorbells.",
+    "calls": "io_uring requests on sockets, RDMA doorbells, and bells of shared memory.",
     "rdma": "RDMA READ and WRITE operations.",
     "copied": "Bytes copied in user space.",
 }

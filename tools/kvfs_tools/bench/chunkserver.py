@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +25,7 @@ START_S: Final = 60.0
 STOP_S: Final = 30.0
 NAMESPACE: Final = "bench/net"
 NAMESPACE_ID: Final = 1
+SHM_NAME: Final = "server"  # a socket in the scratch directory
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -51,10 +52,17 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def with_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with these of kvfs's variables and no others."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("KVFS_")} | dict(settings)
+
+
 @contextlib.contextmanager
-def child(command: list[str], log: Path, *, piped: bool = False) -> Generator[subprocess.Popen[bytes]]:
+def child(
+    command: list[str], log: Path, *, piped: bool = False, settings: Mapping[str, str] | None = None
+) -> Generator[subprocess.Popen[bytes]]:
     """Ended with the block. Its standard input and output are pipes, or nothing; what it complains of goes to `log`."""
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("KVFS_")}
+    environ = with_settings(settings or {})
     channel = subprocess.PIPE if piped else subprocess.DEVNULL
     with open(log, "ab") as errors:
         try:
@@ -89,7 +97,8 @@ def wait_until(what: str, process: subprocess.Popen[bytes], log: Path, answers: 
 
 
 class ChunkServer:
-    """A chunk server of one device, at one port of each address; `memory` may change between two runs of it."""
+    """A chunk server of one device, at one port of each address; `memory` may change between two runs of it. On this host it is
+    at an shm:// endpoint, too."""
 
     def __init__(
         self, root: Path, size: int, *, addresses: Sequence[str] = ("127.0.0.1",), host: Host | None = None
@@ -115,7 +124,8 @@ class ChunkServer:
 
     @property
     def _endpoints(self) -> str:
-        return json.dumps([f"tcp://{address}:{self.port}" for address in self.addresses])
+        shm = [f"shm://{SHM_NAME}"] if self.host is None else []
+        return json.dumps([f"tcp://{address}:{self.port}" for address in self.addresses] + shm)
 
     @contextlib.contextmanager
     def running(self, memory: int) -> Generator[int]:
@@ -129,7 +139,7 @@ class ChunkServer:
         command = [sys.executable, "-m", "kvfs", "serve", "chunk", "--config", str(config)]
         if self.host is not None:
             command = self.host.command(*command)
-        with child(command, log) as server:
+        with child(command, log, settings={"KVFS_SHM_DIR": str(self.root)}) as server:
             wait_until("the chunk server", server, log, self._ready)
             yield server.pid
 
@@ -156,7 +166,8 @@ class ChunkServer:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Client processes of ours, on `host` or this one. `remote`: over TCP; else over the server's own ring."""
+    """Client processes of ours, on `host` or this one. `remote`: over TCP, or with `shm` through shared memory; else over the
+    server's own ring."""
 
     server: ChunkServer
     say: Callable[[str], None]
@@ -172,8 +183,18 @@ class Workers:
         return command if self.host is None else self.host.command(*command)
 
     def run(
-        self, op: str, size: int, count: int, *, batch: int, seconds: float = 0.0, seed: int = 0, remote: bool = True
+        self,
+        op: str,
+        size: int,
+        count: int,
+        *,
+        batch: int,
+        seconds: float = 0.0,
+        seed: int = 0,
+        remote: bool = True,
+        shm: bool = False,
     ) -> Result:
         command = self.command(op, size, count, batch=batch, seconds=seconds, seed=seed, remote=remote)
         self.say(" ".join(command))
-        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S), type=Result)
+        how = {"KVFS_SHM_DIR": str(self.server.root), "KVFS_REMOTE_TRANSPORT": "auto" if shm else "tcp"}
+        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S, with_settings(how)), type=Result)

@@ -1,5 +1,5 @@
-"""`kvfs bench net`: blocks of a chunk server over loopback TCP, beside Mooncake Store, a plain sender, and the local ring; and
-over two shaped rails, beside one.
+"""`kvfs bench net`: blocks of a chunk server over loopback TCP and shared memory, beside Mooncake Store, a plain sender, and the
+local ring; and over two shaped rails, beside one.
 
 One chunk server process and one client process, as two machines would have. Rounds alternate; a figure is the median of the rounds,
 a ratio the median of the rounds' ratios. Owns the processes it starts.
@@ -135,8 +135,9 @@ class _Bench:
     listen: Listener
     server: int = 0  # its process
 
-    def get(self, size: int, count: int, batch: int, seed: int, *, remote: bool = True) -> Result:
-        return self.workers.run("get", size, count, batch=batch, seconds=self.plan.seconds, seed=seed, remote=remote)
+    def get(self, size: int, count: int, batch: int, seed: int, *, remote: bool = True, shm: bool = False) -> Result:
+        seconds = self.plan.seconds
+        return self.workers.run("get", size, count, batch=batch, seconds=seconds, seed=seed, remote=remote, shm=shm)
 
     def with_server(self, size: int, count: int, batch: int, seed: int) -> float:
         """CPU seconds per get, of client and server."""
@@ -168,6 +169,7 @@ def _memory_round(b: _Bench, number: int, small: int, big: int) -> dict[str, flo
         number,
         {
             "small": lambda: b.get(KB4, small, BATCH, number).per_s,
+            "shm small": lambda: b.get(KB4, small, BATCH, number, shm=True).per_s,
             "peer small": lambda: b.peer(KB4, small, BATCH, number),
         },
     )
@@ -175,6 +177,7 @@ def _memory_round(b: _Bench, number: int, small: int, big: int) -> dict[str, flo
         number,
         {
             "big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number).per_s),
+            "shm big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number, shm=True).per_s),
             "peer big": lambda: of_bytes(b.peer(MB1, big, BIG_BATCH, number)),
             "plain": lambda: plain(b.root, b.plan.seconds, b.listen.command) / 1e6,
         },
@@ -218,6 +221,22 @@ def _from_memory(b: _Bench) -> list[Row]:
         ),
         summarise("net-1m", what, "MB/s", "iperf3, messages of 1 MiB", Target(0.85), pairs("big", "plain")),
         summarise("net-1m-mooncake", "the same", "MB/s", "Mooncake Store", Target(1.2), pairs("big", "peer big")),
+        summarise(
+            "shm-4k",
+            f"4 KiB random gets from memory through shared memory, batches of {BATCH}",
+            "gets/s",
+            "the same over TCP loopback",
+            Target(1.0),
+            pairs("shm small", "small"),
+        ),
+        summarise(
+            "shm-1m",
+            f"1 MiB gets from memory through shared memory, batches of {BIG_BATCH}",
+            "MB/s",
+            "the same over TCP loopback",
+            Target(1.0),
+            pairs("shm big", "big"),
+        ),
         summarise(
             "net-cpu",
             f"CPU of client and server per 4 KiB get, batches of {BATCH}",
