@@ -61,7 +61,9 @@ ShmLink::~ShmLink() {
 }
 
 void ShmLink::hang_up() {
-  if (fd_ >= 0) ::close(fd_);
+  if (fd_ < 0) return;
+  ::shutdown(fd_, SHUT_RDWR);  // a poll that the kernel has not yet taken back holds the socket
+  ::close(fd_);
   fd_ = -1;
 }
 
