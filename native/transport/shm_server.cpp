@@ -138,11 +138,19 @@ void ShmServerChannel::on_turn() {
 void ShmServerChannel::reply(ServerOp* op) {
   const bool out = wire::has_out(wire::Op{op->desc.op}) && op->result > 0;
   KVFS_CHECK(priv(op).taken && op->out_len <= op->desc.len && op->out_len == (out ? uint64_t(op->result) : 0));
+  if (op->out_len != 0) copy_out(op);  // while a cache has what its sum was made of
   replies_.push(op);
+  ready_ += op->out_len;
+  if (ready_ < kFrameBytes) return;
+  publish();  // the client copies while the next ones are made
+  post();
 }
 
 void ShmServerChannel::flush() {
-  if (ended()) return drop_all(&replies_);
+  if (ended()) {
+    drop_all(&sent_);
+    return drop_all(&replies_);
+  }
   send_replies();
   post();
 }
@@ -162,33 +170,38 @@ void ShmServerChannel::copy_out(const ServerOp* op) {
 }
 
 // Answers of one batch that follow each other leave as one frame.
-void ShmServerChannel::send_replies() {
+void ShmServerChannel::publish() {
   uint32_t room;
-  if (pong_ && control(wire::Type::Pong, pong_no_)) pong_ = false;
+  ready_ = 0;
   while (replies_.head != nullptr) {
     uint8_t* to = body(&room);
     if (to == nullptr) return;
     const uint32_t most = room / uint32_t{sizeof(wire::Result)};
     const uint64_t batch = replies_.head->batch;
-    List done;
     uint32_t n = 0;
     for (; n < most && replies_.head != nullptr && replies_.head->batch == batch; ++n) {
       ServerOp* op = replies_.pop();
-      if (op->out_len != 0) copy_out(op);
       wire::Result r{};
       r.index = op->index;
       r.len = op->out_len;
       r.result = op->result;
       r.sum = op->out_sum;
       std::memcpy(to + size_t{n} * sizeof r, &r, sizeof r);
-      done.push(op);
+      settle(op);
+      sent_.push(op);
     }
     send(wire::Type::Response, n, batch, 0);
-    drop_all(&done);
   }
 }
 
-void ShmServerChannel::settle(const ServerOp* op) {
+void ShmServerChannel::send_replies() {
+  if (pong_ && control(wire::Type::Pong, pong_no_)) pong_ = false;
+  publish();
+  drop_all(&sent_);
+}
+
+void ShmServerChannel::settle(ServerOp* op) {
+  if (std::exchange(priv(op).answered, true)) return;
   --unanswered_;
   in_bytes_ -= payload_in(op);
 }
@@ -206,8 +219,7 @@ void ShmServerChannel::drop_all(List* l) {
 }
 
 void ShmServerChannel::on_ended(int err) {
-  drop_all(&waiting_);
-  drop_all(&replies_);
+  for (List* l : {&waiting_, &replies_, &sent_}) drop_all(l);
   handler_.ended(this, err == -ECONNRESET || err == -ESHUTDOWN ? 0 : err);
 }
 

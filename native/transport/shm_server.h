@@ -20,6 +20,8 @@ struct ShmServerLimits {  // of the session
 
 class ShmServerChannel final : public ServerChannel, private ShmStream {
  public:
+  static constexpr uint32_t kFrameBytes = 256u << 10;  // payload after which answers leave, though more are made
+
   ShmServerChannel(Uring& uring, std::unique_ptr<ShmLink> link, ChannelHandler& handler, const ShmServerLimits& limits);
   ~ShmServerChannel() override;
 
@@ -30,13 +32,14 @@ class ShmServerChannel final : public ServerChannel, private ShmStream {
   void close() override { fail(-ESHUTDOWN); }
   bool closed() const override { return quiet() && ops_ == 0; }
   uint32_t ops_inflight() const override { return ops_; }
-  bool sending() const override { return replies_.head != nullptr; }
+  bool sending() const override { return replies_.head != nullptr || sent_.head != nullptr; }
   bool lends() const override { return true; }
   const ChannelCounters& counters() const override { return counters_; }
 
  private:
   struct Priv {
     bool taken;
+    bool answered;  // its result is in the ring: the client may ask for more
   };
   static_assert(sizeof(Priv) <= sizeof(ServerOp::priv));
   static Priv& priv(ServerOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
@@ -56,15 +59,17 @@ class ShmServerChannel final : public ServerChannel, private ShmStream {
   void receive_waiting();
   void give(ServerOp* op, int err);
   void send_replies();
+  void publish();
   void copy_out(const ServerOp* op);
-  void settle(const ServerOp* op);
+  void settle(ServerOp* op);
   void drop(ServerOp* op);
   void drop_all(List* l);
 
   ChannelHandler& handler_;
   const ShmServerLimits limits_;
-  List waiting_;  // with payload, without a buffer
-  List replies_;
+  List waiting_;             // with payload, without a buffer
+  List replies_, sent_;      // sent_: until the handler is told, by flush()
+  uint64_t ready_ = 0;       // bytes of payload of replies_
   uint32_t ops_ = 0;         // exist
   uint32_t unanswered_ = 0;  // of these
   uint64_t in_bytes_ = 0;    // payload towards us of those
