@@ -166,13 +166,13 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
   ChunkInfo info;
   switch (Op{d.op}) {
     case Op::Get: {
-      // Looked up first: what is not there needs no buffer, and a short chunk only a small one.
       if (store_ops_ >= kMaxStoreOps) return Serve::NoSlot;
+      // Looked up first: what is not there needs no buffer, and a short chunk only a small one.
       const int64_t n = store_->lookup(t->req.key, &info);
       if (n < 0 || uint64_t(n) <= d.off) return done(n < 0 ? n : 0);
       const auto len = uint32_t(std::min<uint64_t>(d.len, uint64_t(n) - d.off));
       if (!has_share(*s, len)) return Serve::Parked;
-      if (t->conn->channel->lends() && lend(t)) return done(t->lent_bytes);
+      if (t->conn->channel->lends() && lend(t) > 0) return done(t->lent_bytes);
       if (const Serve r = out_buffer(t, len, no_buffer); r != Serve::Done) return r;
       return run(Request::Op::Get, d.off, len);
     }
@@ -214,15 +214,16 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
   return done(-EOPNOTSUPP);
 }
 
-// What is in memory is sent from where it is.
-bool NetServer::lend(NetTask* t) {
+// What is in memory is sent from where it is. Store::lend's result.
+int64_t NetServer::lend(NetTask* t) {
   const wire::Desc& d = t->op->desc;
-  const int64_t n = store_->lend(t->req.key, d.off, d.len, (d.flags & wire::kNoTouch) == 0, &t->lent);
-  if (n <= 0) return false;
+  const bool sum = (t->conn->features & wire::kDataSums) != 0;
+  const int64_t n = store_->lend(t->req.key, d.off, d.len, (d.flags & wire::kNoTouch) == 0, sum, &t->lent);
+  if (n <= 0) return n;
   t->lent_bytes = uint32_t(n);
   t->session->out_bytes += t->lent_bytes;
   t->op->lent = &t->lent;
-  return true;
+  return n;
 }
 
 NetServer::Serve NetServer::out_buffer(NetTask* t, uint32_t len, bool no_buffer) {
@@ -293,7 +294,7 @@ void NetServer::answer(NetTask* t, int64_t result) {
     KVFS_CHECK(op->lent != nullptr || t->side == NetBuffers::Out);
     op->out_len = uint32_t(result);
     if ((c->features & wire::kDataSums) != 0)
-      op->out_sum = op->lent != nullptr ? wire::data_sum(t->lent) : wire::data_sum(op->buf, op->out_len);
+      op->out_sum = op->lent != nullptr ? t->lent.sum : wire::data_sum(op->buf, op->out_len);
   }
   uncount(t);
   t->state = NetTask::State::Replied;

@@ -109,7 +109,7 @@ class NetServer final : public Source, public ChannelHandler {
   Serve serve(NetSession* s, bool alone, bool no_buffer, uint32_t* budget);
   Serve start(NetTask* t, bool no_buffer);
   Serve out_buffer(NetTask* t, uint32_t len, bool no_buffer);
-  bool lend(NetTask* t);
+  int64_t lend(NetTask* t);
   bool has_share(const NetSession& s, uint32_t len) const {
     return s.out_bytes == 0 || s.out_bytes + NetBuffers::size_for(len) <= out_share_;
   }

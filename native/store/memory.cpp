@@ -3,7 +3,11 @@
 // A client can change its memory at any time, and what is kept here is given to others: bytes in a client's memory are
 // copied first and verified in the copy. Pages are found by entry id, so every change of an entry's bytes and every
 // erased entry drops them; moving a chunk changes no bytes. A read that began before an overwrite keeps nothing: the
-// entry's place has changed, and the old slot goes to nobody else before the read has ended.
+// entry's place has changed, and the old slot goes to nobody else before the read has ended. Remembered sums of what was
+// lent go with the pages.
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
 
 #include "store_impl.h"
@@ -15,6 +19,16 @@ constexpr uint32_t kPage = MemoryTier::kFrame;
 // Larger chunks are kept at the second read within the ghost's memory: one is a scan more often than not, and copying
 // costs as much as the read. What is read of files is kept at the second read of the same place, whatever its size.
 constexpr uint32_t kKeepAtOnce = 64u << 10;
+// A remembered sum is compared with the bytes once in so many uses: what memory has damaged is not sent for ever.
+constexpr uint32_t kSumUses = 64;
+
+uint64_t sum_of(const Lent& lent) {
+  if (lent.parts.size() == 1) return xxh3(lent.parts[0].ptr, lent.parts[0].len);
+  XXH3_state_t s;
+  XXH3_64bits_reset(&s);
+  for (const Lent::Part& p : lent.parts) XXH3_64bits_update(&s, p.ptr, p.len);
+  return XXH3_64bits_digest(&s);
+}
 }  // namespace
 
 void StoreImpl::prefetch(const ChunkKey* keys, uint32_t n) {
@@ -66,18 +80,20 @@ bool StoreImpl::read_cached(uint32_t id, uint32_t off, uint32_t n, uint8_t* dst,
   return true;
 }
 
-int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) {
+int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, bool sum, Lent* out) {
   const uint32_t id = index_.id_of(key);
   if (!id) return -ENOENT;
   Entry& e = index_.at(id);
+  out->length = e.len();
   if (off >= e.len() || len == 0) return 0;
   const uint32_t n = std::min(len, e.len() - off), end = off + n;
   if (!tier_.on() || !e.flag(Entry::kCached) || n > Lent::kMaxBytes) return -EAGAIN;
-  uint32_t piece = id;
+  uint32_t piece = id, first = 0;
   for (uint32_t at = off; at < end;) {
     const uint32_t step = std::min(kPage - at % kPage, end - at);
     if (at / kPieceMax != 0 && (at == off || at % kPieceMax == 0)) piece = index_.id_of(piece_key(key, at / kPieceMax));
     const uint32_t f = piece ? tier_.find(piece, at % kPieceMax / kPage) : 0;
+    if (at == off) first = piece;
     if (!f || !tier_.pin(f)) return give_back(out), -EAGAIN;
     out->pins.push_back(f);
     const uint8_t* from = tier_.data(f) + at % kPage;
@@ -90,6 +106,13 @@ int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool to
     }
     at += step;
   }
+  if (sum && !sum_lent(first, off % kPieceMax, n, out)) {
+    st_.checksum_errors++;
+    give_back(out);
+    for (uint32_t k = off / kPieceMax; k <= (end - 1) / kPieceMax; k++)
+      drop_pages(k == 0 ? id : index_.id_of(piece_key(key, k)));
+    return -EAGAIN;
+  }
   if (touch) {
     for (uint32_t f : out->pins) tier_.touch(f);
     if (e.flag(Entry::kEvictable)) Evictor::touched(e);
@@ -100,6 +123,22 @@ int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool to
   st_.mem_bytes += n;
   st_.bytes_read += n;
   return n;
+}
+
+// Sets out->sum. What begins at `off` of entry `id` may end in other entries: pieces of a sealed chunk, which change with it
+// only. False: the bytes are not what they were when their sum was made.
+bool StoreImpl::sum_lent(uint32_t id, uint32_t off, uint32_t n, Lent* out) {
+  if (n < MemoryTier::kMinSummed) {
+    out->sum = sum_of(*out);
+    return true;
+  }
+  if (MemoryTier::RangeSum* known = tier_.range_sum(id, off, n)) {
+    out->sum = known->sum;
+    return ++known->uses % kSumUses != 0 || sum_of(*out) == known->sum;
+  }
+  out->sum = sum_of(*out);
+  tier_.remember_sum(id, off, n, out->sum);
+  return true;
 }
 
 void StoreImpl::give_back(Lent* lent) {

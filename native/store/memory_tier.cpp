@@ -33,23 +33,27 @@ MemoryTier::MemoryTier(uint64_t bytes) : ghost_(bytes / kFrame >= kMinFrames ? b
   base_ = map<uint8_t>(n * kFrame, n * kFrame >= kHuge);
   meta_ = map<Meta>(n + 1, false);
   heads_ = map<uint32_t>(buckets, false);
-  if (base_ && meta_ && heads_) return;
+  sums_ = map<RangeSum>(sum_lines(), false);
+  if (base_ && meta_ && heads_ && sums_) return;
   this->~MemoryTier();
   frames_ = 0;
   base_ = nullptr;
   meta_ = nullptr;
   heads_ = nullptr;
+  sums_ = nullptr;
 }
 
 MemoryTier::~MemoryTier() {
   if (base_) munmap(base_, uint64_t{frames_} * kFrame);
   if (meta_) munmap(meta_, (uint64_t{frames_} + 1) * sizeof(Meta));
   if (heads_) munmap(heads_, (uint64_t{mask_} + 1) * sizeof(uint32_t));
+  if (sums_) munmap(sums_, sum_lines() * sizeof(RangeSum));
 }
 
 uint64_t MemoryTier::overhead_bytes() const {
   if (!on()) return 0;
-  return (uint64_t{frames_} + 1) * sizeof(Meta) + (uint64_t{mask_} + 1) * sizeof(uint32_t) + ghost_.memory_bytes();
+  return (uint64_t{frames_} + 1) * sizeof(Meta) + (uint64_t{mask_} + 1) * sizeof(uint32_t) +
+         sum_lines() * sizeof(RangeSum) + ghost_.memory_bytes();
 }
 
 void MemoryTier::push(uint32_t f, uint32_t queue) {
@@ -127,6 +131,9 @@ uint8_t* MemoryTier::fill(uint32_t id, uint32_t page) {
 }
 
 void MemoryTier::drop(uint32_t id, uint32_t page) {
+  // Even if the page has left: the sum of a range does not go with its pages, which may come back with the same bytes.
+  RangeSum& sum = sums_[sum_line(id, page)];
+  if (sum.id == id && sum.off / kFrame == page) sum.id = 0;
   const uint32_t f = find(id, page);
   if (f == 0) return;
   unlink(f);

@@ -3,6 +3,7 @@
 // before it leaves it, and goes straight to main if it comes back while the ghost remembers it. One scan thus replaces
 // only the small queue. It knows nothing of chunks: the store drops pages before their id gets other bytes.
 // A pinned frame keeps its bytes until it is unpinned, though its page may be dropped meanwhile. At most half of the frames are.
+// Sums of ranges are remembered beside them: one for each first page, until that page is dropped or another needs the place.
 // Memory: the frames, plus at most 36 bytes a frame (0.9 %). Nothing is touched before it is used; nothing is allocated
 // after construction.
 #pragma once
@@ -48,6 +49,23 @@ class MemoryTier {
   uint32_t pinned() const { return pinned_; }
   const uint8_t* memory() const { return base_; }
 
+  // The sum of [off, off + len) of the entry's data, and maybe of others' behind it, which are dropped with it.
+  struct RangeSum {
+    uint64_t sum;
+    uint32_t id, off, len;
+    uint32_t uses;
+  };
+  static constexpr uint32_t kMinSummed = 4 * kFrame;  // a shorter range is summed as fast as its sum is found
+  // What is remembered of exactly this range, or null. Valid until the next call that is not const.
+  RangeSum* range_sum(uint32_t id, uint32_t off, uint32_t len) {
+    RangeSum* s = &sums_[sum_line(id, off / kFrame)];
+    return s->id == id && s->off == off && s->len == len ? s : nullptr;
+  }
+  // len >= kMinSummed; off / kFrame < 65536, and dropping that page forgets the sum.
+  void remember_sum(uint32_t id, uint32_t off, uint32_t len, uint64_t sum) {
+    sums_[sum_line(id, off / kFrame)] = {sum, id, off, len, 0};
+  }
+
   // For what is not worth a copy at its first read: whether this id, or one page of it, was asked for before, and remembers
   // that it was. page < 65536.
   bool asked_before(uint32_t id, uint32_t page = 0);
@@ -81,6 +99,8 @@ class MemoryTier {
     return h * 0xd6e8feb86659fd93ull;
   }
   uint32_t bucket(uint32_t id, uint32_t page) const { return static_cast<uint32_t>(hash(id, page) >> 32) & mask_; }
+  uint32_t sum_lines() const { return (mask_ >> 4) + 1; }
+  uint32_t sum_line(uint32_t id, uint32_t page) const { return bucket(id, page) >> 4; }
   void push(uint32_t f, uint32_t queue);
   void unlink(uint32_t f);
   void unhash(uint32_t f);
@@ -97,6 +117,7 @@ class MemoryTier {
   uint8_t* base_ = nullptr;
   Meta* meta_ = nullptr;  // [1..frames_]
   uint32_t* heads_ = nullptr;
+  RangeSum* sums_ = nullptr;  // id 0: free
   Queue queue_[2];
   Ghost ghost_;
 };

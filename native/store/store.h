@@ -87,6 +87,8 @@ struct Lent {
   static constexpr uint32_t kMaxParts = 512;  // pages that lie side by side are one part
   std::vector<Part> parts;
   std::vector<uint32_t> pins;  // the tier's
+  uint32_t length = 0;         // of the whole chunk
+  uint64_t sum = 0;            // XXH3-64 of the parts, one behind the other
 };
 
 struct ChunkInfo {
@@ -165,9 +167,10 @@ class Store {
   virtual void prefetch(const ChunkKey* keys, uint32_t n) = 0;
   // Bytes [off, off+len) of a chunk without a copy: fills `out`, empty before, which keeps them as they are until give_back,
   // whatever happens to the chunk. Bytes (short at the end) or -ENOENT, as a Get; -EAGAIN: not all of them are in memory,
-  // or too much is lent already: ask with a Get.
-  virtual int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) {
-    (void)key, (void)off, (void)len, (void)touch, (void)out;
+  // or too much is lent already: ask with a Get. out->length is set unless -ENOENT, out->sum if asked for: that of the bytes
+  // when this range was first lent and summed, while it is remembered. Memory that has lost a bit since does not agree with it.
+  virtual int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, bool sum, Lent* out) {
+    (void)key, (void)off, (void)len, (void)touch, (void)sum, (void)out;
     return -EAGAIN;
   }
   virtual void give_back(Lent* lent) { (void)lent; }

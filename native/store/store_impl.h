@@ -122,7 +122,7 @@ class StoreImpl final : public Store {
   bool busy() const override;
   int64_t lookup(const ChunkKey& key, ChunkInfo* info) override;
   void prefetch(const ChunkKey* keys, uint32_t n) override;
-  int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, Lent* out) override;
+  int64_t lend(const ChunkKey& key, uint32_t off, uint32_t len, bool touch, bool sum, Lent* out) override;
   void give_back(Lent* lent) override;
   std::span<const uint8_t> lendable() const override {
     return {tier_.memory(), uint64_t{tier_.frames()} * MemoryTier::kFrame};
@@ -199,6 +199,7 @@ class StoreImpl final : public Store {
   void keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n);
   void keep_written(const struct WriteOp* op, const Piece* p, uint32_t id);
   void drop_pages(uint32_t id);
+  bool sum_lent(uint32_t id, uint32_t off, uint32_t n, Lent* out);
 
   // space.cpp: eviction and waiting for space
   uint64_t taken_bytes() const;

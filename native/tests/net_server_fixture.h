@@ -32,6 +32,7 @@ class MemoryChannel {
     int64_t result;
     Bytes bytes;
     uint64_t sum;
+    bool lent;
   };
   explicit MemoryChannel(ChannelHandler* h) : handler_(h) {}
   ~MemoryChannel() { EXPECT_EQ(ops_, 0u); }
@@ -79,7 +80,10 @@ class MemoryChannel {
     while (!replied_.empty()) {
       ServerOp* op = replied_.front();
       replied_.pop_front();
-      answers[{op->batch, op->index}] = {op->result, Bytes(op->buf, op->buf + op->out_len), op->out_sum};
+      Bytes bytes(op->buf, op->buf + (op->lent != nullptr ? 0 : op->out_len));
+      if (op->lent != nullptr)
+        for (const Lent::Part& p : op->lent->parts) bytes.insert(bytes.end(), p.ptr, p.ptr + p.len);
+      answers[{op->batch, op->index}] = {op->result, std::move(bytes), op->out_sum, op->lent != nullptr};
       order.push_back({op->batch, op->index});
       if (unread) {  // on its way for ever
         sent_.push_back(op);
@@ -107,7 +111,7 @@ class MemoryChannel {
     for (ServerOp* op : sent) finish(op);
   }
 
-  bool unread = false, stall_payload = false, resumed = false;
+  bool lends = false, unread = false, stall_payload = false, resumed = false;
   int why = 0;
   std::map<std::pair<uint64_t, uint16_t>, Answer> answers;
   std::vector<std::pair<uint64_t, uint16_t>> order;
@@ -137,6 +141,7 @@ class MemoryChannel {
     bool closed() const override { return m->ended_ && m->ops_ == 0; }
     uint32_t ops_inflight() const override { return m->ops_; }
     bool sending() const override { return !m->sent_.empty(); }
+    bool lends() const override { return m->lends; }
     const ChannelCounters& counters() const override { return none; }
     MemoryChannel* m;
     ChannelCounters none;
@@ -206,11 +211,11 @@ class NetServerTest : public ::testing::Test {
     stop();
     alarm(0);
   }
-  void start(NetServerOptions o = {}, uint64_t device = 64u << 20) {
+  void start(NetServerOptions o = {}, uint64_t device = 64u << 20, uint64_t memory = 0) {
     opt = o;
     dev = std::make_unique<SimDevice>(sim(1, device));
     ASSERT_EQ(Store::format(*dev, kSmall).err, 0);
-    store = std::make_unique<Harness>(*dev);
+    store = std::make_unique<Harness>(*dev, StoreOptions{.memory_bytes = memory});
     ASSERT_EQ(store->open().err, 0);
     server = std::make_unique<NetServer>(nullptr, store->store.get(), opt);
     ASSERT_EQ(server->init().err, 0);

@@ -30,6 +30,53 @@ TEST_F(NetServerTest, WhatIsPutIsRead) {
   EXPECT_EQ(stats().buffers_used, 0u);
 }
 
+// What the DRAM tier has is sent from there, with the sum that was made when it was first sent; what it has not, as ever.
+TEST_F(NetServerTest, WhatIsInMemoryIsLentWithTheSumOfItsBytes) {
+  start({}, 64u << 20, 8u << 20);
+  Client c;
+  ASSERT_EQ(admit(&c, capability({kAll})), 0);
+  c.channel->lends = true;
+  const auto expect = [&](const wire::Desc& d, const Bytes& want, bool lent) {
+    ASSERT_EQ(run(&c, d), int64_t(want.size()));
+    EXPECT_TRUE(last.bytes == want);
+    EXPECT_EQ(last.sum, wire::data_sum(want.data(), want.size()));
+    EXPECT_EQ(last.lent, lent);
+  };
+  Bytes v = pattern(1, 60000);
+  EXPECT_EQ(run(&c, c.get(block_key(1), 4096)), -ENOENT);
+  ASSERT_EQ(put(&c, block_key(1), v), 1);
+  for (int i = 0; i < 3; ++i) {
+    expect(c.get(block_key(1), 16u << 20), v, true);
+    expect(c.get(block_key(1), 4096, 59999), Bytes(1, v.back()), true);
+    EXPECT_EQ(run(&c, c.get(block_key(1), 4096, 60000)), 0);
+  }
+  const Bytes large = pattern(2, 1u << 20);  // kept at its second read
+  ASSERT_EQ(put(&c, block_key(2), large), 1);
+  expect(c.get(block_key(2), 16u << 20), large, false);
+  expect(c.get(block_key(2), 16u << 20), large, true);
+  ASSERT_EQ(run(&c, c.change(Op::Write, volume_key(9, 0, 3), 60000), v), 60000);
+  expect(c.get(volume_key(9, 0, 3), 65536), v, true);
+  v[50000] ^= 1;
+  ASSERT_EQ(run(&c, c.change(Op::Write, volume_key(9, 0, 3), 1, 50000), Bytes(1, v[50000])), 1);
+  expect(c.get(volume_key(9, 0, 3), 65536), v, true);
+
+  // One that is not read keeps what it was lent, and its session's share of what may be on its way.
+  c.channel->unread = true;
+  expect(c.get(block_key(1), 16u << 20), pattern(1, 60000), true);
+  ASSERT_EQ(run(&c, c.change(Op::Delete, block_key(1))), 0);
+  c.channel->read_all();
+  EXPECT_EQ(run(&c, c.get(block_key(1), 4096)), -ENOENT);
+
+  // A byte that changes in memory behind everybody's back does not agree with what is sent with it.
+  Lent lent;
+  ASSERT_EQ(store->store->lend(block_key(2), 0, 1u << 20, true, true, &lent), 1 << 20);
+  const_cast<uint8_t*>(lent.parts[0].ptr)[3] ^= 1;
+  store->store->give_back(&lent);
+  ASSERT_EQ(run(&c, c.get(block_key(2), 1u << 20)), 1 << 20);
+  EXPECT_FALSE(last.bytes == large);
+  EXPECT_EQ(last.sum, wire::data_sum(large.data(), large.size()));
+}
+
 TEST_F(NetServerTest, FileChunksAreWrittenCutAndPurgedInTheirNamespace) {
   start();
   Client c;

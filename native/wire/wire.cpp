@@ -34,14 +34,6 @@ bool zero(const void* p, size_t n) {
 
 uint64_t data_sum(const void* p, size_t n) { return xxh3(p, n); }
 
-uint64_t data_sum(const Lent& lent) {
-  if (lent.parts.size() == 1) return xxh3(lent.parts[0].ptr, lent.parts[0].len);
-  XXH3_state_t s;
-  XXH3_64bits_reset(&s);
-  for (const Lent::Part& p : lent.parts) XXH3_64bits_update(&s, p.ptr, p.len);
-  return XXH3_64bits_digest(&s);
-}
-
 uint32_t body_bytes(const FrameHeader& h) {
   switch (Type{h.type}) {
     case Type::Request:

@@ -210,6 +210,5 @@ int check_desc(const Desc& d);
 ChunkKey key_of(const Desc& d);
 
 uint64_t data_sum(const void* p, size_t n);  // XXH3-64
-uint64_t data_sum(const Lent& lent);         // of its parts, one behind the other
 
 }  // namespace kvfs::wire
