@@ -167,12 +167,16 @@ NetServer::Serve NetServer::start(NetTask* t, bool no_buffer) {
   switch (Op{d.op}) {
     case Op::Get: {
       if (store_ops_ >= kMaxStoreOps) return Serve::NoSlot;
-      // Looked up first: what is not there needs no buffer, and a short chunk only a small one.
-      const int64_t n = store_->lookup(t->req.key, &info);
+      const bool lends = t->conn->channel->lends(), at_once = lends && has_share(*s, d.len);
+      int64_t n = at_once ? lend(t) : -EAGAIN;
+      if (n != -EAGAIN) return done(n);
+      // Not in memory, or no room for as much as was asked for. What is not there needs no buffer, and a short chunk only a
+      // small one.
+      n = at_once ? int64_t{t->lent.length} : store_->lookup(t->req.key, &info);
       if (n < 0 || uint64_t(n) <= d.off) return done(n < 0 ? n : 0);
       const auto len = uint32_t(std::min<uint64_t>(d.len, uint64_t(n) - d.off));
       if (!has_share(*s, len)) return Serve::Parked;
-      if (t->conn->channel->lends() && lend(t) > 0) return done(t->lent_bytes);
+      if (lends && !at_once && (n = lend(t)) != -EAGAIN) return done(n);
       if (const Serve r = out_buffer(t, len, no_buffer); r != Serve::Done) return r;
       return run(Request::Op::Get, d.off, len);
     }
