@@ -88,11 +88,11 @@ int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool to
   if (off >= e.len() || len == 0) return 0;
   const uint32_t n = std::min(len, e.len() - off), end = off + n;
   if (!tier_.on() || !e.flag(Entry::kCached) || n > Lent::kMaxBytes) return -EAGAIN;
-  uint32_t piece = id, first = 0;
+  uint32_t piece = id, first = 0, f = 0;
   for (uint32_t at = off; at < end;) {
     const uint32_t step = std::min(kPage - at % kPage, end - at);
     if (at / kPieceMax != 0 && (at == off || at % kPieceMax == 0)) piece = index_.id_of(piece_key(key, at / kPieceMax));
-    const uint32_t f = piece ? tier_.find(piece, at % kPieceMax / kPage) : 0;
+    f = piece ? tier_.find_next(f, piece, at % kPieceMax / kPage) : 0;
     if (at == off) first = piece;
     if (!f || !tier_.pin(f)) return give_back(out), -EAGAIN;
     out->pins.push_back(f);
@@ -114,7 +114,7 @@ int64_t StoreImpl::lend(const ChunkKey& key, uint32_t off, uint32_t len, bool to
     return -EAGAIN;
   }
   if (touch) {
-    for (uint32_t f : out->pins) tier_.touch(f);
+    for (const uint32_t pin : out->pins) tier_.touch(pin);
     if (e.flag(Entry::kEvictable)) Evictor::touched(e);
   }
   st_.gets++;

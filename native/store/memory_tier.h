@@ -35,6 +35,12 @@ class MemoryTier {
     while (f != 0 && !(meta_[f].id == id && meta_[f].page == page)) f = meta_[f].chain;
     return f;
   }
+  // The same, and quicker where the pages of an entry were filled one after the other: `before` is the frame of the page
+  // before it, or 0.
+  uint32_t find_next(uint32_t before, uint32_t id, uint32_t page) const {
+    const uint32_t f = before + 1;
+    return f <= frames_ && meta_[f].id == id && meta_[f].page == page ? f : find(id, page);
+  }
   const uint8_t* data(uint32_t frame) const { return base_ + uint64_t{frame - 1} * kFrame; }
   void touch(uint32_t frame) {
     if (meta_[frame].freq < 3) meta_[frame].freq++;

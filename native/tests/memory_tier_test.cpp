@@ -38,6 +38,8 @@ TEST(MemoryTier, FindsWhatWasFilledAndNothingElse) {
       const uint64_t what = rng.below(10);
       if (what < 5) {
         const uint32_t f = t.find(id, page);
+        ASSERT_EQ(t.find_next(static_cast<uint32_t>(rng.below(frames + 1)), id, page), f);
+        ASSERT_EQ(t.find_next(f != 0 ? f - 1 : 0, id, page), f);
         if (!f) continue;
         ASSERT_TRUE(filled.contains({id, page}));
         ASSERT_TRUE(stamped(t.data(f), id, page));
