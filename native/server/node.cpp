@@ -21,6 +21,7 @@ namespace {
 
 constexpr uint32_t kOwnEntries = 4096;
 constexpr uint32_t kCallEntries = 64;
+constexpr uint64_t kMemoryAhead = 128u << 20;  // the KV of a prompt of 8,192 tokens of a small model, and some
 constexpr uint64_t kCallSpinNs = 8000;
 
 }  // namespace
@@ -102,6 +103,7 @@ int kvfs_node_start(const kvfs_node_config* cfg, kvfs_node** out, char* err, siz
     n->data_path = cfg->data_path;
   }
   n->store_opt.memory_bytes = cfg->memory_bytes;
+  n->store_opt.memory_ahead = kMemoryAhead;
   if (cfg->dirty_bytes != 0) n->dirty_bytes = cfg->dirty_bytes;
   n->pin_cpu = cfg->pin_cpu;
   n->store_opt.verify = cfg->verify != 0;

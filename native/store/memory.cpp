@@ -154,7 +154,8 @@ bool StoreImpl::wants_copy(const Piece* p) {
   if (!opt_.verify && !p->bounce) return false;  // nothing to verify a copy by
   if (!index_.live(p->id) || index_.at(p->id).loc() * 512 != p->off) return false;
   if (r->key.kind == Kind::File) return tier_.asked_before(p->id, p->region / kPage);
-  return p->len <= kKeepAtOnce || tier_.asked_before(p->id);
+  // Nobody waits for memory that has no pages yet: a large read is kept the next time.
+  return p->len <= kKeepAtOnce || (tier_.asked_before(p->id) && tier_.ready(p->region_len));
 }
 
 // Checks what was read, one sub-block after the other, and keeps it if asked to. sums: of the piece's sub-blocks.

@@ -24,7 +24,7 @@ T* MemoryTier::map(uint64_t n, bool huge) {
   return static_cast<T*>(p);
 }
 
-MemoryTier::MemoryTier(uint64_t bytes) : ghost_(bytes / kFrame >= kMinFrames ? bytes / kFrame : 1) {
+MemoryTier::MemoryTier(uint64_t bytes, uint64_t ahead) : ghost_(bytes / kFrame >= kMinFrames ? bytes / kFrame : 1) {
   const uint64_t n = std::min<uint64_t>(bytes / kFrame, UINT32_MAX / 2);
   if (n < kMinFrames) return;
   const uint32_t buckets = std::bit_ceil(static_cast<uint32_t>(n));
@@ -34,20 +34,29 @@ MemoryTier::MemoryTier(uint64_t bytes) : ghost_(bytes / kFrame >= kMinFrames ? b
   meta_ = map<Meta>(n + 1, false);
   heads_ = map<uint32_t>(buckets, false);
   sums_ = map<RangeSum>(sum_lines(), false);
-  if (base_ && meta_ && heads_ && sums_) return;
-  this->~MemoryTier();
+  if (base_ && meta_ && heads_ && sums_) {
+    ahead_ = ahead > 0;
+    if (ahead_) pages_.start(base_, n * kFrame, ahead);
+    return;
+  }
+  unmap();
   frames_ = 0;
-  base_ = nullptr;
-  meta_ = nullptr;
-  heads_ = nullptr;
-  sums_ = nullptr;
 }
 
 MemoryTier::~MemoryTier() {
+  pages_.stop();
+  unmap();
+}
+
+void MemoryTier::unmap() {
   if (base_) munmap(base_, uint64_t{frames_} * kFrame);
   if (meta_) munmap(meta_, (uint64_t{frames_} + 1) * sizeof(Meta));
   if (heads_) munmap(heads_, (uint64_t{mask_} + 1) * sizeof(uint32_t));
   if (sums_) munmap(sums_, sum_lines() * sizeof(RangeSum));
+  base_ = nullptr;
+  meta_ = nullptr;
+  heads_ = nullptr;
+  sums_ = nullptr;
 }
 
 uint64_t MemoryTier::overhead_bytes() const {
@@ -117,6 +126,7 @@ uint8_t* MemoryTier::fill(uint32_t id, uint32_t page) {
       free_ = meta_[f].chain;
     } else {
       f = fresh_ < frames_ ? ++fresh_ : evict();
+      if (ahead_) pages_.used(uint64_t{fresh_} * kFrame);
     }
     uint32_t& head = heads_[bucket(id, page)];
     Meta& m = meta_[f];

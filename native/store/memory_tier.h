@@ -4,14 +4,15 @@
 // only the small queue. It knows nothing of chunks: the store drops pages before their id gets other bytes.
 // A pinned frame keeps its bytes until it is unpinned, though its page may be dropped meanwhile. At most half of the frames are.
 // Sums of ranges are remembered beside them: one for each first page, until that page is dropped or another needs the place.
-// Memory: the frames, plus at most 36 bytes a frame (0.9 %). Nothing is touched before it is used; nothing is allocated
-// after construction.
+// Memory: the frames, plus at most 36 bytes a frame (0.9 %). Nothing is touched before it is used, but for the frames that a
+// thread gives their pages ahead (page_maker.h); nothing is allocated after construction.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
 #include "ghost.h"
+#include "page_maker.h"
 
 namespace kvfs {
 
@@ -19,7 +20,8 @@ class MemoryTier {
  public:
   static constexpr uint32_t kFrame = 4096;
 
-  explicit MemoryTier(uint64_t bytes);  // fewer than 16 frames, or no memory: the tier is off
+  // Fewer than 16 frames, or no memory: the tier is off. ahead: bytes that have pages before they are used; 0: no thread.
+  explicit MemoryTier(uint64_t bytes, uint64_t ahead = 0);
   ~MemoryTier();
   MemoryTier(const MemoryTier&) = delete;
   MemoryTier& operator=(const MemoryTier&) = delete;
@@ -48,6 +50,12 @@ class MemoryTier {
   // The frame for the page's bytes, which the caller writes at once; another page may go. page < 65536.
   uint8_t* fill(uint32_t id, uint32_t page);
   void drop(uint32_t id, uint32_t page);
+  // Whether `n` bytes can be filled in without waiting for the kernel to make pages; always true without the thread.
+  bool ready(uint32_t n) const {
+    if (!ahead_ || fresh_ == frames_) return true;
+    const uint64_t made = pages_.made();
+    return made == uint64_t{frames_} * kFrame || uint64_t{fresh_} * kFrame + n <= made;
+  }
 
   // One more who reads the frame's bytes later; false: too many do. Each is unpinned once.
   bool pin(uint32_t frame);
@@ -112,9 +120,11 @@ class MemoryTier {
   void unhash(uint32_t f);
   void release(uint32_t f);
   uint32_t evict();
+  void unmap();
   template <typename T>
   static T* map(uint64_t n, bool huge);
 
+  bool ahead_ = false;
   uint32_t frames_ = 0;
   uint32_t fresh_ = 0;  // frames ever used
   uint32_t free_ = 0;   // list of dropped ones
@@ -126,6 +136,7 @@ class MemoryTier {
   RangeSum* sums_ = nullptr;  // id 0: free
   Queue queue_[2];
   Ghost ghost_;
+  PageMaker pages_;
 };
 
 }  // namespace kvfs

@@ -107,7 +107,7 @@ StoreImpl::StoreImpl(Device& dev, const StoreOptions& opt)
     : dev_(dev),
       opt_(opt),
       sums_(1u << 16),
-      tier_(opt.memory_bytes),
+      tier_(opt.memory_bytes, opt.memory_ahead),
       copy_(sub_block(kPieceMax)),
       trailer_io_(static_cast<uint32_t>(round_up(kTrailerBytes, dev.align()))) {
   KVFS_CHECK(posix_memalign(&group_buf_, kBlock, kGroupMax + kBlock) == 0);

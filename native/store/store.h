@@ -106,6 +106,7 @@ struct FormatOptions {
 
 struct StoreOptions {
   uint64_t memory_bytes = 64u << 20;  // DRAM tier of hot pages, and 0.9 % more for its bookkeeping (0 = off)
+  uint64_t memory_ahead = 0;          // of these, bytes that a thread gives their pages before they are used
   bool verify = true;                 // check XXH3 on every device read
   double high_watermark = 0.95;       // fraction of data space where eviction of cache blocks starts
   double low_watermark = 0.92;

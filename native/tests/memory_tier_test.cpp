@@ -3,12 +3,19 @@
 #include "../store/memory_tier.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <deque>
 #include <map>
 #include <optional>
 #include <set>
+#include <thread>
+#include <vector>
 
 #include "store_fixture.h"
 
@@ -115,6 +122,45 @@ TEST(MemoryTier, TheSumOfARangeIsForgottenWithItsFirstPageOnly) {
   EXPECT_EQ(t.range_sum(7, 100, 65536), nullptr);
 }
 
+// Until its memory has pages, and no longer.
+void wait_ready(const MemoryTier& t, uint32_t bytes) {
+  while (!t.ready(bytes)) std::this_thread::yield();
+}
+
+uint64_t pages_of(const MemoryTier& t) {
+  const uint64_t n = uint64_t{t.frames()} * kFrame;
+  std::vector<unsigned char> has(n / kFrame);
+  EXPECT_EQ(mincore(const_cast<uint8_t*>(t.memory()), n, has.data()), 0);
+  return static_cast<uint64_t>(std::ranges::count_if(has, [](unsigned char c) { return (c & 1) != 0; }));
+}
+
+TEST(MemoryTier, PagesAreMadeBeforeTheirUseAndNoFurtherThanAskedFor) {
+  constexpr uint32_t kAhead = 4u << 20, kFrames = 8192;  // of 32 MiB
+  constexpr uint32_t kHugeFrames = 512;                  // what the kernel may give for one page asked for
+  MemoryTier t(uint64_t{kFrames} * kFrame, kAhead);
+  wait_ready(t, kAhead);
+  EXPECT_GE(pages_of(t), kAhead / kFrame);
+  EXPECT_FALSE(t.ready(2 * kAhead));
+  uint32_t id = 0;
+  for (uint32_t part = 0; part < 7; part++) {
+    wait_ready(t, kAhead / 2);
+    const uint64_t before = pages_of(t);
+    EXPECT_GE(before, id + kAhead / 2 / kFrame);
+    EXPECT_LE(before, id + kAhead / kFrame + kHugeFrames);
+    for (uint32_t i = 0; i < kFrames / 8; i++, id++) stamp(t.fill(id + 1, 0), id + 1, 0);
+  }
+  for (; id < 3 * kFrames; id++) stamp(t.fill(id + 1, 0), id + 1, 0);
+  EXPECT_TRUE(t.ready(1u << 20));  // all are in use: a page goes for each that comes
+  EXPECT_EQ(t.resident(), kFrames);
+}
+
+TEST(MemoryTier, EndsWhileItsPagesAreBeingMade) {
+  for (int i = 0; i < 50; i++) {
+    MemoryTier t(64u << 20, 64u << 20);
+    if (i % 2) stamp(t.fill(1, 0), 1, 0);
+  }
+}
+
 TEST(MemoryTier, OffWithoutMemoryAndItsBookkeepingIsBounded) {
   EXPECT_FALSE(MemoryTier(0).on());
   EXPECT_FALSE(MemoryTier(15 * kFrame).on());
@@ -213,6 +259,47 @@ TEST(MemoryTier, AResidentGetDoesNoIo) {
   EXPECT_TRUE(got == pattern(4096, 4096));
   EXPECT_EQ(dev.reads(), after);
   ASSERT_TRUE(h.store->close());
+}
+
+// With pages for little more than one block ahead, a block that finds none is read as if there were no tier, and kept once
+// there are some.
+TEST(MemoryTier, NoLargeGetWaitsForMemory) {
+  constexpr uint32_t kValue = 512u << 10, kValues = 40;
+  ASSERT_EQ(prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0), 0);  // each frame's first touch is a fault
+  SimOptions so = sim(6);
+  so.record = false;
+  SimDevice dev(so);
+  ASSERT_TRUE(Store::format(dev, kSmall));
+  StoreOptions o = with_tier(32u << 20);
+  o.memory_ahead = 1u << 20;
+  Harness h(dev, o);
+  ASSERT_TRUE(h.open());
+  Mem mem(kValue);
+  std::memset(mem.get(), 0, kValue);
+  for (uint32_t k = 0; k < kValues; k++) ASSERT_EQ(h.put(block_key(k), pattern(k, kValue)), 1);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  uint32_t resident = 0;
+  int64_t faults = 0;
+  while (resident < kValues && std::chrono::steady_clock::now() < deadline) {
+    resident = 0;
+    for (uint32_t k = 0; k < kValues; k++) {
+      const uint64_t hits = h.store->stats().mem_hits;
+      rusage before, after;
+      ASSERT_EQ(getrusage(RUSAGE_THREAD, &before), 0);
+      ASSERT_EQ(h.run(Request::Op::Get, block_key(k), mem.get(), 0, kValue), kValue);
+      ASSERT_EQ(getrusage(RUSAGE_THREAD, &after), 0);
+      faults += after.ru_minflt - before.ru_minflt;
+      const Bytes v = pattern(k, kValue);
+      ASSERT_EQ(std::memcmp(mem.get(), v.data(), kValue), 0) << k;
+      resident += h.store->stats().mem_hits > hits;
+    }
+  }
+  EXPECT_EQ(resident, kValues);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // whose own memory is touched with ours
+  EXPECT_LT(faults, 300);                                            // the bookkeeping's; of 5,120 frames
+#endif
+  ASSERT_TRUE(h.store->close());
+  ASSERT_EQ(prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0), 0);
 }
 
 // A place of a file is kept at its second read, in whatever sizes the others are read.
