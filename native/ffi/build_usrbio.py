@@ -76,6 +76,25 @@ static int kvfs_py_wait(kvfs_ring* r, uint64_t* tags, int max, uint64_t timeout_
   for (int i = 0; i < n; ++i) tags[i] = (uint64_t)(uintptr_t)done[i]->user;
   return n;
 }
+
+/* Where an engine keeps one layer of its blocks. */
+struct kvfs_py_layer {
+  uintptr_t base;
+  uint64_t size, stride;
+};
+
+/* Copies blocks between `layers` and memory in which the layers of each lie one after the other. */
+static void kvfs_py_copy(const struct kvfs_py_layer* layers, int n, const uint32_t* blocks, const uintptr_t* whole,
+                         int count, int scatter) {
+  for (int i = 0; i < count; ++i) {
+    char* at = (char*)whole[i];
+    for (int l = 0; l < n; ++l) {
+      char* part = (char*)layers[l].base + blocks[i] * layers[l].stride;
+      memcpy(scatter ? part : at, scatter ? at : part, layers[l].size);
+      at += layers[l].size;
+    }
+  }
+}
 """
 
 CDEF = """
@@ -89,6 +108,9 @@ int kvfs_py_call(kvfs_ring* r, struct kvfs_batch* batch, struct kvfs_block* b, i
                  uint64_t at, uint64_t stride, uint32_t len, uint64_t timeout_ns);
 int kvfs_py_poll(kvfs_ring* r, uint64_t* tags, int max);
 int kvfs_py_wait(kvfs_ring* r, uint64_t* tags, int max, uint64_t timeout_ns);
+struct kvfs_py_layer { uintptr_t base; uint64_t size, stride; };
+void kvfs_py_copy(const struct kvfs_py_layer* layers, int n, const uint32_t* blocks, const uintptr_t* whole, int count,
+                  int scatter);
 """
 
 

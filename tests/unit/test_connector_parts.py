@@ -295,6 +295,30 @@ class Memory:
         return [bytes(layer[block * len(layer) // 8 : (block + 1) * len(layer) // 8]) for layer in self.layers]
 
 
+@pytest.mark.parametrize("stride", [None, PART_MAX + 4096])
+def test_each_part_of_a_block_goes_to_its_layers_and_comes_from_them(stride: int | None) -> None:
+    size, blocks = PART_MAX // 2, 3
+    step = stride or size
+    layers = [bytearray(os.urandom(step * blocks)) for _ in range(3)]
+    expected = [bytes(layer) for layer in layers]
+    held = [ctypes.c_char.from_buffer(layer) for layer in layers]
+    pages = Pages([(ctypes.addressof(one), size) for one in held], held, stride)
+    assert pages.sizes == [size, 2 * size]
+    staged = [(ctypes.c_char * (2 * size))() for _ in range(2)]
+    places = [ctypes.addressof(one) for one in staged]
+    for part, run in enumerate((range(1), range(1, 3))):
+        pages.gather([2, 0], part, places)
+        for block, one in zip((2, 0), staged, strict=True):
+            wanted = b"".join(expected[i][block * step : block * step + size] for i in run)
+            assert one.raw[: pages.sizes[part]] == wanted
+        pages.scatter([0, 1], part, places)
+        for i in run:
+            start, middle = bytes(layers[i][:size]), bytes(layers[i][step : step + size])
+            assert (start, middle) == (expected[i][2 * step : 2 * step + size], expected[i][:size])
+            assert layers[i][size:step] == expected[i][size:step]  # what lies between blocks
+            assert layers[i][2 * step :] == expected[i][2 * step :]
+
+
 def link_to(directory: Path, slots: int, part: int) -> Link[Transfers]:
     def connect() -> Transfers:
         store = BlockStore.open(directory, "test/connectors")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvfs_usrbio._native import ffi, lib
 from kvfs_usrbio.blocks import BlockStore
 from kvfs_usrbio.client import Buffer
 from kvfs_usrbio.connectors.keys import parts_of
@@ -36,6 +37,7 @@ class Pages:
     def __init__(self, layers: Sequence[tuple[int, int]], keep: object, stride: int | None = None) -> None:
         placed = [(base, size, stride or size) for base, size in layers]
         self.parts = [[placed[i] for i in run] for run in parts_of([size for _, size in layers])]
+        self._native = [ffi.new("struct kvfs_py_layer[]", part) for part in self.parts]
         self.sizes = [sum(size for _, size, _ in part) for part in self.parts]
         self.block_bytes = sum(self.sizes)
         self._keep = keep
@@ -44,15 +46,17 @@ class Pages:
         """Bytes of staging memory, at least for one block."""
         return max(size, len(self.sizes) * (max(self.sizes) + ALIGN))
 
-    def gather(self, block: int, part: int, to: int) -> None:
-        for base, size, stride in self.parts[part]:
-            ctypes.memmove(to, base + block * stride, size)
-            to += size
+    def gather(self, blocks: Sequence[int], part: int, to: Sequence[int]) -> None:
+        self._copy(blocks, part, to, False)
 
-    def scatter(self, block: int, part: int, source: int) -> None:
-        for base, size, stride in self.parts[part]:
-            ctypes.memmove(base + block * stride, source, size)
-            source += size
+    def scatter(self, blocks: Sequence[int], part: int, sources: Sequence[int]) -> None:
+        self._copy(blocks, part, sources, True)
+
+    def _copy(self, blocks: Sequence[int], part: int, whole: Sequence[int], scatter: bool) -> None:
+        """In one native call, during which other threads run: a call per layer costs as much as copying it."""
+        count, layers = len(blocks), self._native[part]
+        numbers, places = ffi.new("uint32_t[]", list(blocks)), ffi.new("uintptr_t[]", list(whole))
+        lib.kvfs_py_copy(layers, len(layers), numbers, places, count, scatter)
 
 
 class Staging:
@@ -177,14 +181,19 @@ class Loader:
             got = flight.operation.result()
             load.waited += time.monotonic() - begun
             begun = time.monotonic()
+            arrived: list[tuple[list[int], list[int]]] = [([], []) for _ in range(parts)]
             for (block, part), slot, status in zip(flight.pieces, flight.slots, got, strict=True):
                 if status == pages.sizes[part]:
-                    pages.scatter(load.blocks[block], part, staging.address(slot))
+                    arrived[part][0].append(load.blocks[block])
+                    arrived[part][1].append(staging.address(slot))
                     load.bytes += status
                 else:
                     load.failed.add(block)
                     if status >= 0 or status == -errno.EIO:
                         load.damaged.append(load.keys[block * parts + part])
+            for part, (blocks, sources) in enumerate(arrived):
+                pages.scatter(blocks, part, sources)
+            for block, _ in flight.pieces:
                 missing[block] -= 1
                 if not missing[block]:
                     left.discard(block)
@@ -257,7 +266,7 @@ class Saver:
                     continue
                 for part, key in enumerate(keys(i)):
                     slot = staging.take()
-                    self._pages.gather(block, part, staging.address(slot))
+                    self._pages.gather([block], part, [staging.address(slot)])
                     batch.append((key, staging.view(slot, self._pages.sizes[part]), slot))
                 size += self._pages.block_bytes
                 saved.bytes += self._pages.block_bytes
