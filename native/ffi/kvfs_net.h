@@ -27,7 +27,8 @@ struct kvfs_server_config {
 };
 
 struct kvfs_net_stats {
-  uint64_t sessions, connections, sessions_opened, sessions_superseded, connections_opened, refused, protocol_errors, denied;
+  uint64_t sessions, connections, sessions_opened, sessions_superseded, connections_opened, refused, protocol_errors,
+      denied;
   uint64_t ops, gets, puts, writes, stale_maps, replayed, cancelled, bytes_in, bytes_out, frames_in, frames_out;
   uint64_t buffers_used, buffers_total; /* bytes */
   uint64_t calls, rdma, copied;
