@@ -258,7 +258,7 @@ def ttft(
     example: Annotated[
         bool, typer.Option("--example/--no-example", help="Compare with vLLM's connector that keeps files.")
     ] = True,
-    memory: Annotated[str, typer.Option("--memory", help="Bytes of kvfs's memory tier.")] = "0",
+    memory: Annotated[str, typer.Option("--memory", help="Bytes of kvfs's memory tier.")] = "512M",
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Where the time of a hit goes.")] = False,
     verbose: Verbose = False,
     strict: Strict = False,

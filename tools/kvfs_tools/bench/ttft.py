@@ -59,7 +59,7 @@ class TtftPlan:
     context_tokens: int = 4096
     example: bool = True
     store: int = 4 << 30
-    memory: int = 0  # each block is read once
+    memory: int = 512 << 20  # as the daemon has it by default
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
