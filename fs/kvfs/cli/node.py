@@ -133,7 +133,6 @@ def run_detached(config: Config) -> None:
         command += ["mount", config.remote.url, str(config.mount_point), "--dir", str(config.dir)]
     else:
         command += ["up", "--dir", str(config.dir), "--mount", str(config.mount_point)]
-    others = {name: value for name, value in os.environ.items() if not name.startswith("KVFS_")}
     with open(layout.log, "ab") as log:
         offset = log.tell()
         child = subprocess.Popen(
@@ -143,7 +142,7 @@ def run_detached(config: Config) -> None:
             stderr=log,
             start_new_session=True,
             cwd="/",
-            env={**others, **environment(config)},
+            env={**os.environ, **environment(config)},
         )
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
