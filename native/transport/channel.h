@@ -29,6 +29,7 @@ struct NetOp {
   void (*done)(NetOp*) = nullptr;
   void* owner = nullptr;
   NetOp* next = nullptr;        // the owner's while idle, the channel's while submitted
+  NetOp* prev = nullptr;        // the channel's
   uint64_t batch = 0;           // the channel's
   uint32_t index = 0;           // the channel's
   alignas(8) uint8_t priv[32];  // the channel's scratch

@@ -20,27 +20,6 @@ uint64_t payload(const NetOp* op) { return has_payload(op) ? op->desc.len : 0; }
 
 }  // namespace
 
-void RdmaClientChannel::List::push(NetOp* op) {
-  op->next = nullptr;
-  priv(op).prev = tail;
-  (tail != nullptr ? tail->next : head) = op;
-  tail = op;
-}
-
-void RdmaClientChannel::List::remove(NetOp* op) {
-  NetOp* prev = priv(op).prev;
-  (prev != nullptr ? prev->next : head) = op->next;
-  (op->next != nullptr ? priv(op->next).prev : tail) = prev;
-}
-
-void RdmaClientChannel::List::append(List* o) {
-  if (o->head == nullptr) return;
-  priv(o->head).prev = tail;
-  (tail != nullptr ? tail->next : head) = o->head;
-  tail = o->tail;
-  *o = {};
-}
-
 RdmaClientChannel::RdmaClientChannel(Uring& uring, std::unique_ptr<RdmaConnection> connection,
                                      const ChannelLimits& limits)
     : connection_(std::move(connection)), limits_(limits), heard_ns_(monotonic_ns()) {

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "channel.h"
+#include "op_list.h"
 #include "rdma_connection.h"
 
 namespace kvfs {
@@ -42,7 +42,6 @@ class RdmaClientChannel final : public ClientChannel, private RdmaConnection::Us
   enum class State : uint8_t { Fresh, Flushed, Sent, Ended };
   struct Priv {
     RdmaRegion* region;
-    NetOp* prev;         // while Fresh or Flushed
     uint64_t cancel_ns;  // 0: not cancelled; until when it is waited for
     int16_t bounce;      // -1: none
     State state;
@@ -50,13 +49,6 @@ class RdmaClientChannel final : public ClientChannel, private RdmaConnection::Us
   };
   static_assert(sizeof(Priv) <= sizeof(NetOp::priv));
   static Priv& priv(NetOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
-
-  struct List {
-    NetOp *head = nullptr, *tail = nullptr;
-    void push(NetOp* op);
-    void remove(NetOp* op);
-    void append(List* o);
-  };
   struct Batch {
     uint64_t id = 0;          // 0: free
     uint32_t open = 0;        // not answered
@@ -89,7 +81,7 @@ class RdmaClientChannel final : public ClientChannel, private RdmaConnection::Us
   int err_ = 0;
   bool ended_ = false;
   bool delivering_ = false;
-  List fresh_, flushed_;  // submitted; flushed, but not sent yet
+  NetOpList fresh_, flushed_;  // submitted; flushed, but not sent yet
   NetOp* done_head_ = nullptr;
   NetOp** done_tail_ = &done_head_;
   std::vector<Batch> batches_ = std::vector<Batch>(kBatches);

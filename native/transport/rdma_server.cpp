@@ -11,26 +11,6 @@
 
 namespace kvfs {
 
-namespace {
-
-uint32_t payload_in(const ServerOp* op) { return wire::has_in(wire::Op{op->desc.op}) ? op->desc.len : 0; }
-
-}  // namespace
-
-void RdmaServerChannel::List::push(ServerOp* op) {
-  op->next = nullptr;
-  (tail != nullptr ? tail->next : head) = op;
-  tail = op;
-}
-
-ServerOp* RdmaServerChannel::List::pop() {
-  ServerOp* op = head;
-  head = op->next;
-  if (head == nullptr) tail = nullptr;
-  op->next = nullptr;
-  return op;
-}
-
 RdmaServerChannel::RdmaServerChannel(Uring& uring, std::unique_ptr<RdmaConnection> connection,
                                      const RdmaServerOptions& options, ChannelHandler& handler)
     : uring_(uring), connection_(std::move(connection)), options_(options), handler_(handler) {
@@ -90,7 +70,7 @@ int RdmaServerChannel::take_request(const wire::FrameHeader& h, const uint8_t* b
     priv(op) = {};
     ++ops_;
     ++unanswered_;
-    in_bytes_ += payload_in(op);
+    in_bytes_ += payload_in(op->desc);
     if (in_bytes_ > options_.max_in) {
       drop(op);
       return -EPROTO;
@@ -99,7 +79,7 @@ int RdmaServerChannel::take_request(const wire::FrameHeader& h, const uint8_t* b
     int err = wire::check_desc(d);
     const bool payload = wire::has_in(wire::Op{d.op}) || wire::has_out(wire::Op{d.op});
     if (err == 0 && (payload ? d.addr + d.len < d.addr : d.addr != 0 || d.rkey != 0)) err = -EINVAL;
-    if (err != 0 || payload_in(op) == 0) {
+    if (err != 0 || payload_in(op->desc) == 0) {
       give(op, err);
     } else {
       waiting_.push(op);
@@ -115,7 +95,7 @@ void RdmaServerChannel::give(ServerOp* op, int err) {
 }
 
 void RdmaServerChannel::cancel_batch(uint64_t batch) {
-  List keep;
+  ServerOpList keep;
   while (waiting_.head != nullptr) {
     ServerOp* op = waiting_.pop();
     if (op->batch != batch) {
@@ -298,7 +278,7 @@ void RdmaServerChannel::on_sent(void* what, bool ok) {
 void RdmaServerChannel::settle(ServerOp* op) {
   if (std::exchange(priv(op).answered, true)) return;
   --unanswered_;
-  in_bytes_ -= payload_in(op);
+  in_bytes_ -= payload_in(op->desc);
 }
 
 // The channel has no more to do with it.

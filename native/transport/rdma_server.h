@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "channel.h"
+#include "op_list.h"
 #include "rdma_connection.h"
 
 namespace kvfs {
@@ -51,16 +51,11 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   };
   static_assert(sizeof(Priv) <= sizeof(ServerOp::priv));
   static Priv& priv(ServerOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
-  struct List {
-    ServerOp *head = nullptr, *tail = nullptr;
-    void push(ServerOp* op);
-    ServerOp* pop();
-  };
   // A request that was posted; what on_sent() is told of.
   struct Sent {
     enum class Kind : uint8_t { Read, Frame, Control, Probe } kind = Kind::Control;
     ServerOp* op = nullptr;  // Read
-    List ops;                // Frame: those that it answers
+    ServerOpList ops;        // Frame: those that it answers
     Sent* next = nullptr;    // free list
   };
   struct Open {  // a response frame that is being filled
@@ -97,8 +92,8 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   RdmaServerOptions options_;
   ChannelHandler& handler_;
   bool started_ = false;
-  List waiting_;  // has_in, without a buffer or a read
-  List replies_;
+  ServerOpList waiting_;  // has_in, without a buffer or a read
+  ServerOpList replies_;
   uint32_t ops_ = 0;         // exist
   uint32_t unanswered_ = 0;  // of these
   uint64_t in_bytes_ = 0;    // payload towards us of those unanswered

@@ -47,19 +47,6 @@ void ShmArena::give(uint64_t at, uint32_t len) {
   free_[at] = n;
 }
 
-void ShmClientChannel::List::push(NetOp* op) {
-  op->next = nullptr;
-  priv(op).prev = tail;
-  (tail != nullptr ? tail->next : head) = op;
-  tail = op;
-}
-
-void ShmClientChannel::List::remove(NetOp* op) {
-  NetOp* prev = priv(op).prev;
-  (prev != nullptr ? prev->next : head) = op->next;
-  (op->next != nullptr ? priv(op->next).prev : tail) = prev;
-}
-
 ShmClientChannel::ShmClientChannel(Uring& uring, std::unique_ptr<ShmLink> link, const ChannelLimits& limits)
     : ShmStream(uring, std::move(link), false), limits_(limits), free_(arena_bytes()) {
   limits_.max_batch = std::clamp(limits_.max_batch, 1u, wire::kMaxBatch);
@@ -76,7 +63,7 @@ void ShmClientChannel::submit(NetOp* op) {
   KVFS_CHECK(!has_memory(op->desc.op) || (op->mem.ptr != nullptr && op->desc.len <= wire::kMaxOpBytes));
   op->answered = op->cancelled = false;
   op->result = 0;
-  priv(op) = Priv{nullptr, 0, State::Fresh};
+  priv(op) = Priv{0, State::Fresh};
   ++ops_;
   if (has_memory(op->desc.op)) bytes_ += op->desc.len;
   fresh_.push(op);
@@ -303,7 +290,7 @@ void ShmClientChannel::on_ended(int) {
 
 // Those that were submitted since the last flush() come back with the next.
 void ShmClientChannel::end_waiting() {
-  for (List* l : {&flushed_, &fresh_}) {
+  for (NetOpList* l : {&flushed_, &fresh_}) {
     while (NetOp* op = l->head) {
       l->remove(op);
       settle(op->desc.op, op->desc.len);

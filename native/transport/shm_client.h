@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "op_list.h"
 #include "shm_stream.h"
 
 namespace kvfs {
@@ -51,17 +52,11 @@ class ShmClientChannel final : public ClientChannel, private ShmStream {
  private:
   enum class State : uint8_t { Fresh, Flushed, Sent, Ended };
   struct Priv {
-    NetOp* prev;
     uint32_t map_version;
     State state;
   };
   static_assert(sizeof(Priv) <= sizeof(NetOp::priv));
   static Priv& priv(NetOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
-  struct List {
-    NetOp *head = nullptr, *tail = nullptr;
-    void push(NetOp* op);
-    void remove(NetOp* op);
-  };
   struct Slot {
     NetOp* op;  // null: cancelled
     uint64_t at;
@@ -94,7 +89,7 @@ class ShmClientChannel final : public ClientChannel, private ShmStream {
 
   ChannelLimits limits_;
   ShmArena free_;
-  List fresh_, flushed_;
+  NetOpList fresh_, flushed_;
   std::vector<Batch> batches_ = std::vector<Batch>(kBatches);
   std::vector<uint32_t> free_batches_;
   std::vector<uint64_t> cancels_;  // batches to be told of

@@ -8,24 +8,6 @@
 
 namespace kvfs {
 
-namespace {
-uint32_t payload_in(const ServerOp* op) { return wire::has_in(wire::Op{op->desc.op}) ? op->desc.len : 0; }
-}  // namespace
-
-void ShmServerChannel::List::push(ServerOp* op) {
-  op->next = nullptr;
-  (tail != nullptr ? tail->next : head) = op;
-  tail = op;
-}
-
-ServerOp* ShmServerChannel::List::pop() {
-  ServerOp* op = head;
-  head = op->next;
-  if (head == nullptr) tail = nullptr;
-  op->next = nullptr;
-  return op;
-}
-
 ShmServerChannel::ShmServerChannel(Uring& uring, std::unique_ptr<ShmLink> link, ChannelHandler& handler,
                                    const ShmServerLimits& limits)
     : ShmStream(uring, std::move(link), true), handler_(handler), limits_(limits) {}
@@ -69,14 +51,14 @@ int ShmServerChannel::take_request(const wire::FrameHeader& h, const uint8_t* bo
     priv(op) = {};
     ++ops_;
     ++unanswered_;
-    in_bytes_ += payload_in(op);
+    in_bytes_ += payload_in(op->desc);
     int err = wire::check_desc(op->desc);
     if (err == 0 && !reaches(op->desc)) err = -EINVAL;
     if (in_bytes_ > limits_.max_in) {
       drop(op);
       return -EPROTO;
     }
-    if (err != 0 || payload_in(op) == 0) {
+    if (err != 0 || payload_in(op->desc) == 0) {
       give(op, err);
     } else {
       waiting_.push(op);
@@ -92,7 +74,7 @@ void ShmServerChannel::give(ServerOp* op, int err) {
 }
 
 void ShmServerChannel::cancel_batch(uint64_t batch) {
-  List keep;
+  ServerOpList keep;
   while (waiting_.head != nullptr) {
     ServerOp* op = waiting_.pop();
     if (op->batch != batch) {
@@ -203,7 +185,7 @@ void ShmServerChannel::send_replies() {
 void ShmServerChannel::settle(ServerOp* op) {
   if (std::exchange(priv(op).answered, true)) return;
   --unanswered_;
-  in_bytes_ -= payload_in(op);
+  in_bytes_ -= payload_in(op->desc);
 }
 
 // The channel has no more to do with it.
@@ -214,12 +196,12 @@ void ShmServerChannel::drop(ServerOp* op) {
   delete op;
 }
 
-void ShmServerChannel::drop_all(List* l) {
+void ShmServerChannel::drop_all(ServerOpList* l) {
   while (l->head != nullptr) drop(l->pop());
 }
 
 void ShmServerChannel::on_ended(int err) {
-  for (List* l : {&waiting_, &replies_, &sent_}) drop_all(l);
+  for (ServerOpList* l : {&waiting_, &replies_, &sent_}) drop_all(l);
   handler_.ended(this, err == -ECONNRESET || err == -ESHUTDOWN ? 0 : err);
 }
 

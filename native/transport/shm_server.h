@@ -7,6 +7,7 @@
 
 #include <memory>
 
+#include "op_list.h"
 #include "shm_stream.h"
 
 namespace kvfs {
@@ -43,11 +44,6 @@ class ShmServerChannel final : public ServerChannel, private ShmStream {
   };
   static_assert(sizeof(Priv) <= sizeof(ServerOp::priv));
   static Priv& priv(ServerOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
-  struct List {
-    ServerOp *head = nullptr, *tail = nullptr;
-    void push(ServerOp* op);
-    ServerOp* pop();
-  };
 
   int on_frame(const wire::FrameHeader& h, const uint8_t* body) override;
   void on_turn() override;
@@ -63,17 +59,17 @@ class ShmServerChannel final : public ServerChannel, private ShmStream {
   void copy_out(const ServerOp* op);
   void settle(ServerOp* op);
   void drop(ServerOp* op);
-  void drop_all(List* l);
+  void drop_all(ServerOpList* l);
 
   ChannelHandler& handler_;
   const ShmServerLimits limits_;
-  List waiting_;             // with payload, without a buffer
-  List replies_, sent_;      // sent_: until the handler is told, by flush()
-  uint64_t ready_ = 0;       // bytes of payload of replies_
-  uint32_t ops_ = 0;         // exist
-  uint32_t unanswered_ = 0;  // of these
-  uint64_t in_bytes_ = 0;    // payload towards us of those
-  bool starved_ = false;     // the handler has no buffer for waiting_.head
+  ServerOpList waiting_;         // with payload, without a buffer
+  ServerOpList replies_, sent_;  // sent_: until the handler is told, by flush()
+  uint64_t ready_ = 0;           // bytes of payload of replies_
+  uint32_t ops_ = 0;             // exist
+  uint32_t unanswered_ = 0;      // of these
+  uint64_t in_bytes_ = 0;        // payload towards us of those
+  bool starved_ = false;         // the handler has no buffer for waiting_.head
   bool pong_ = false;
   uint64_t pong_no_ = 0;
 };

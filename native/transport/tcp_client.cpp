@@ -47,23 +47,6 @@ bool consistent(wire::Op op, uint32_t asked, const wire::Result& r) {
 
 }  // namespace
 
-void TcpClientChannel::List::push(NetOp* op) {
-  op->next = nullptr;
-  priv(op).prev = tail;
-  (tail != nullptr ? tail->next : head) = op;
-  tail = op;
-}
-
-void TcpClientChannel::List::remove(NetOp* op) {
-  NetOp* prev = priv(op).prev;
-  (prev != nullptr ? prev->next : head) = op->next;
-  if (op->next != nullptr) {
-    priv(op->next).prev = prev;
-  } else {
-    tail = prev;
-  }
-}
-
 TcpClientChannel::TcpClientChannel(Uring& uring, int fd, const ChannelLimits& limits)
     : TcpStream(uring, fd, wire::kMaxBatch * uint32_t{sizeof(wire::Result)}), limits_(limits) {
   limits_.max_batch = std::clamp(limits_.max_batch, 1u, wire::kMaxBatch);
@@ -82,7 +65,7 @@ void TcpClientChannel::submit(NetOp* op) {
   KVFS_CHECK(!has_memory(code) || (op->mem.ptr != nullptr && op->desc.len <= wire::kMaxOpBytes));
   op->answered = op->cancelled = false;
   op->result = 0;
-  priv(op) = Priv{nullptr, 0, 0, State::New};
+  priv(op) = Priv{0, 0, State::New};
   ++ops_;
   if (has_memory(code)) bytes_ += op->desc.len;
   if (broken()) {
@@ -440,7 +423,7 @@ void TcpClientChannel::on_broken() {
     for (const Slot& s : b->slots)
       if (s.op != nullptr) fail(s.op);
   }
-  for (List* l : {&flushed_, &new_}) {
+  for (NetOpList* l : {&flushed_, &new_}) {
     while (NetOp* op = l->head) {
       l->remove(op);
       fail(op);

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "op_list.h"
 #include "tcp_stream.h"
 
 namespace kvfs {
@@ -44,19 +45,12 @@ class TcpClientChannel final : public ClientChannel, private TcpStream {
     Done
   };
   struct Priv {
-    NetOp* prev;
     uint64_t sum;  // of the answer's payload
     uint32_t map_version;
     State state;
   };
   static_assert(sizeof(Priv) <= sizeof(NetOp::priv));
   static Priv& priv(NetOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
-
-  struct List {
-    NetOp *head = nullptr, *tail = nullptr;
-    void push(NetOp* op);
-    void remove(NetOp* op);
-  };
   struct Slot {  // one operation of a batch
     NetOp* op;   // null: cancelled or answered
     uint32_t len;
@@ -99,7 +93,7 @@ class TcpClientChannel final : public ClientChannel, private TcpStream {
   ChannelLimits limits_;
   uint64_t bytes_ = 0;
   uint32_t ops_ = 0;
-  List new_, flushed_;
+  NetOpList new_, flushed_;
   NetOp* done_head_ = nullptr;
   NetOp** done_tail_ = &done_head_;
   std::vector<NetOp*> sending_;  // has_in operations of the send that is under way

@@ -5,6 +5,7 @@
 #include <cerrno>
 
 #include "../store/check.h"
+#include "op_list.h"
 
 namespace kvfs {
 
@@ -16,8 +17,6 @@ namespace {
 constexpr uint32_t kHeader = sizeof(FrameHeader);
 constexpr uint32_t kMaxFrame = kHeader + wire::kMaxBatch * uint32_t{sizeof(wire::Result)};
 constexpr uint32_t kLook = wire::kMaxBatch;  // answers that are looked at for more of the same batch
-
-uint32_t payload_in(const wire::Desc& d) { return wire::has_in(wire::Op{d.op}) ? d.len : 0; }
 
 }  // namespace
 
