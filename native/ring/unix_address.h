@@ -37,7 +37,11 @@ class UnixAddress {
   UnixAddress(const UnixAddress&) = delete;
   UnixAddress& operator=(const UnixAddress&) = delete;
 
-  int bind_to(int fd) const { return call(bind, fd); }        // 0 or errno
+  int bind_to(int fd) const { return call(bind, fd); }  // 0 or errno
+  int listen_on(int fd, int backlog) const {            // 0 or errno
+    const int err = bind_to(fd);
+    return err != 0 ? err : listen(fd, backlog) == 0 ? 0 : errno;
+  }
   int connect_to(int fd) const { return call(connect, fd); }  // 0 or errno
 
  private:

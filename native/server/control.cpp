@@ -50,8 +50,8 @@ Status ControlServer::start() {
   epoll_fd_ = epoll_create1(EPOLL_CLOEXEC);
   post_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (listen_fd_ < 0 || epoll_fd_ < 0 || post_fd_ < 0) return {errno, "cannot create the control socket"};
-  if (int err = UnixAddress(cfg_.path.c_str()).bind_to(listen_fd_); err != 0 || listen(listen_fd_, 64) != 0)
-    return {err != 0 ? err : errno, "cannot listen on " + cfg_.path + ": " + strerror(err != 0 ? err : errno)};
+  if (const int err = UnixAddress(cfg_.path.c_str()).listen_on(listen_fd_, 64); err != 0)
+    return {err, "cannot listen on " + cfg_.path + ": " + strerror(err)};
   chmod(cfg_.path.c_str(), cfg_.allowed_uid == KVFS_ANY_UID ? 0600 : 0666);  // who may connect is checked by uid
   epoll_event ev{};
   ev.events = EPOLLIN;

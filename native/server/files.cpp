@@ -62,8 +62,8 @@ Status FileServer::start() {
   listen_fd_ = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   stop_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (listen_fd_ < 0 || stop_fd_ < 0) return {errno, "cannot create the file socket"};
-  if (int err = UnixAddress(path_.c_str()).bind_to(listen_fd_); err != 0 || listen(listen_fd_, 64) != 0)
-    return {err != 0 ? err : errno, "cannot listen on " + path_ + ": " + strerror(err != 0 ? err : errno)};
+  if (const int err = UnixAddress(path_.c_str()).listen_on(listen_fd_, 64); err != 0)
+    return {err, "cannot listen on " + path_ + ": " + strerror(err)};
   chmod(path_.c_str(), 0666);  // the uid and the token are checked
   thread_ = std::thread([this] { run(); });
   return {};
