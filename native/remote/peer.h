@@ -58,8 +58,8 @@ class Peer {
   void flush(uint32_t map_version);
   void cancel(RemoteOp* op) { op->conn->channel->cancel(&op->net); }
   void give_up(Connection* c) { end(c); }  // its operations come back
-  // A change was sent and will not be asked for again, and nobody knows whether it was made. The session ends: at the target,
-  // its successor keeps what is still on its way from being made later.
+  // It was sent and will not be asked for again, and nobody knows whether it was executed. If it is a change the session ends:
+  // at the target, its successor keeps what is still on its way from being made later.
   void disown(const RemoteOp* op);
 
   // Pings, silent connections, those that are over, those to be made. When it must be called again.

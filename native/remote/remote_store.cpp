@@ -183,7 +183,7 @@ void RemoteStore::came_back(RemoteOp* op) {
   const bool damaged = n.result == -EBADMSG;
   if (n.answered && !damaged && n.result != -ECANCELED) return answered(op, n.result);
   if (op->expired) {
-    if (!n.answered && wire::mutates(wire::Op{n.desc.op})) op->peer->disown(op);
+    if (!n.answered) op->peer->disown(op);
     return finish(op, -ETIMEDOUT);
   }
   if (damaged) {
@@ -208,7 +208,7 @@ void RemoteStore::expire() {
     }
     if (op->state == RemoteOp::State::Queued) op->peer->unqueue(op);
     if (op->state == RemoteOp::State::Parked) parked_.erase(op);
-    if (op->sent && wire::mutates(wire::Op{op->net.desc.op})) op->peer->disown(op);
+    if (op->sent) op->peer->disown(op);
     finish(op, op->sent ? -ETIMEDOUT : -EREMOTEIO);
   }
   // Ending the connection ends them; a few at most are asked of one that is ending already.
