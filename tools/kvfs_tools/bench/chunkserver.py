@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from kvfs_tools.bench.contenders import clean_environment
 from kvfs_tools.bench.programs import SLACK_S, BenchError, output
 from kvfs_tools.hosts import Host
 
@@ -54,7 +55,7 @@ def cpu_seconds(pid: int) -> float:
 
 def with_settings(settings: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with these of kvfs's variables and no others."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("KVFS_")} | dict(settings)
+    return clean_environment() | dict(settings)
 
 
 @contextlib.contextmanager
