@@ -9,7 +9,7 @@
 
 #include "../transport/shm_connect.h"
 #include "../transport/tcp_connect.h"
-#include "channel_fixture.h"
+#include "channel_pair.h"
 #include "shm_fixture.h"
 
 namespace kvfs {
@@ -21,30 +21,8 @@ using wire::Op;
 using wire::Result;
 using wire::Type;
 
-class ShmHostile : public testing::Test {
+class ShmHostile : public HostileChannel<ShmClientChannel, ShmServerChannel> {
  protected:
-  void SetUp() override { ASSERT_EQ(Uring::create(UringOptions{}, &ring_).err, 0); }
-  void TearDown() override {
-    if (client_ != nullptr) {
-      client_->close();
-      for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
-      EXPECT_TRUE(client_->closed());
-      for (const auto& c : calls_) EXPECT_EQ(c->back, 1u);
-    }
-    if (server_ != nullptr) {
-      server_->close();
-      for (int i = 0; i < 1000 && !server_->closed(); ++i) turn();
-      EXPECT_TRUE(server_->closed());
-      EXPECT_EQ(handler_.out, 0u);
-      EXPECT_EQ(handler_.taken, handler_.released_ops);
-      EXPECT_EQ(handler_.ended_times, 1u);
-    }
-  }
-  void turn() {
-    ASSERT_GE(ring_->submit_and_wait(200'000), 0);
-    if (server_ != nullptr) handler_.answer(server_.get());
-    if (client_ != nullptr) client_->flush(1);
-  }
   void open_server(ShmServerLimits limits = {}) {
     other_ = pair_.link(1);
     server_ = std::make_unique<ShmServerChannel>(*ring_, pair_.link(0), handler_, limits);
@@ -115,16 +93,11 @@ class ShmHostile : public testing::Test {
     EXPECT_FALSE(c->op.answered);
   }
 
-  std::unique_ptr<Uring> ring_;
   ShmPair pair_;
   ShmLayout layout_{pair_.setup};
-  MapHandler handler_;
   std::unique_ptr<ShmLink> other_;
-  std::unique_ptr<ShmServerChannel> server_;
-  std::unique_ptr<ShmClientChannel> client_;
   ShmProducer out_;
   uint64_t batch_ = 0;
-  Calls calls_;
 };
 
 // ---- a hostile client

@@ -6,7 +6,7 @@
 
 #include "../transport/tcp_client.h"
 #include "../transport/tcp_server.h"
-#include "channel_fixture.h"
+#include "channel_pair.h"
 
 namespace kvfs {
 namespace {
@@ -16,30 +16,11 @@ using wire::Op;
 using wire::Result;
 using wire::Type;
 
-class TcpHostile : public testing::Test {
+class TcpHostile : public HostileChannel<TcpClientChannel, TcpServerChannel> {
  protected:
-  void SetUp() override { ASSERT_EQ(Uring::create(UringOptions{}, &ring_).err, 0); }
   void TearDown() override {
     if (raw_ >= 0) ::close(raw_);
-    if (client_ != nullptr) {
-      client_->close();
-      for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
-      EXPECT_TRUE(client_->closed());
-      for (const auto& c : calls_) EXPECT_EQ(c->back, 1u);
-    }
-    if (server_ != nullptr) {
-      server_->close();
-      for (int i = 0; i < 1000 && !server_->closed(); ++i) turn();
-      EXPECT_TRUE(server_->closed());
-      EXPECT_EQ(handler_.out, 0u);
-      EXPECT_EQ(handler_.taken, handler_.released_ops);
-      EXPECT_EQ(handler_.ended_times, 1u);
-    }
-  }
-  void turn() {
-    ASSERT_GE(ring_->submit_and_wait(200'000), 0);
-    if (server_ != nullptr) handler_.answer(server_.get());
-    if (client_ != nullptr) client_->flush(1);
+    HostileChannel::TearDown();
   }
   void open_client() {
     int fd[2];
@@ -95,11 +76,6 @@ class TcpHostile : public testing::Test {
     return 0;
   }
 
-  std::unique_ptr<Uring> ring_;
-  MapHandler handler_;
-  std::unique_ptr<TcpClientChannel> client_;
-  std::unique_ptr<TcpServerChannel> server_;
-  Calls calls_;
   int raw_ = -1;
 };
 
