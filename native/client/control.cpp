@@ -23,6 +23,9 @@ namespace kvfs {
 
 namespace {
 constexpr int kReplySeconds = 30;  // a namespace question goes through the daemon's Python part
+// Calls on a socket with a time limit end with EINTR, SA_RESTART or not: by a program's timers, and by the clean-up of an
+// io_uring that this thread made. They go on, but not past the limit.
+constexpr uint64_t kReplyNs = uint64_t{kReplySeconds} * 1000000000u;
 
 std::atomic<pid_t> g_pid{0};
 
@@ -42,11 +45,15 @@ int connect_to(const char* path) {
   timeval tv{kReplySeconds, 0};
   setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
   setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
-  if (const int err = UnixAddress(path).connect_to(fd); err != 0) {
-    close(fd);
-    return -err;
-  }
-  return fd;
+  const UnixAddress address(path);
+  const uint64_t deadline = now_ns() + kReplyNs;
+  int err;
+  do {
+    err = address.connect_to(fd);
+  } while (err == EINTR && now_ns() < deadline);
+  if (err == 0) return fd;
+  close(fd);
+  return err == EINTR ? -ETIMEDOUT : -err;
 }
 
 int recv_reply(int sock, uint16_t type, CtlReply* r, int fds[2]) {
@@ -58,11 +65,12 @@ int recv_reply(int sock, uint16_t type, CtlReply* r, int fds[2]) {
   m.msg_iovlen = 1;
   m.msg_control = ctl;
   m.msg_controllen = sizeof ctl;
+  const uint64_t deadline = now_ns() + kReplyNs;
   ssize_t n;
   do {
     n = recvmsg(sock, &m, MSG_CMSG_CLOEXEC);
-  } while (n < 0 && errno == EINTR);
-  if (n < 0) return errno == EAGAIN ? -ETIMEDOUT : -EREMOTEIO;
+  } while (n < 0 && errno == EINTR && now_ns() < deadline);
+  if (n < 0) return errno == EAGAIN || errno == EINTR ? -ETIMEDOUT : -EREMOTEIO;
   for (cmsghdr* h = CMSG_FIRSTHDR(&m); h != nullptr; h = CMSG_NXTHDR(&m, h)) {
     if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS) continue;
     size_t k = (h->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -106,10 +114,11 @@ int control_call(kvfs_client* c, CtlRequest* q, CtlReply* r, int fds[2]) {
   fds[0] = fds[1] = -1;
   if (forked(c)) return -ECHILD;
   if (c->dead) return -EREMOTEIO;
+  const uint64_t deadline = now_ns() + kReplyNs;
   ssize_t n;
   do {
     n = send(c->sock, q, sizeof *q, MSG_NOSIGNAL);
-  } while (n < 0 && errno == EINTR);
+  } while (n < 0 && errno == EINTR && now_ns() < deadline);
   int err = n == ssize_t(sizeof *q) ? recv_reply(c->sock, q->type, r, fds) : -EREMOTEIO;
   if (err != 0) {
     c->dead = true;  // request and reply can't be paired any more

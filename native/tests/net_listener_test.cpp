@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 
 #include <atomic>
+#include <cstdio>
 #include <thread>
 
 #include "../ffi/kvfs_net.h"
@@ -39,7 +40,8 @@ std::vector<uint8_t> make_map(uint32_t version) {
   return out;
 }
 
-// A socket and what is said on it, by hand.
+// A socket and what is said on it, by hand. A ring that was closed a moment ago may still interrupt whoever made it (its
+// clean-up is work for that thread), so every call here goes on after EINTR.
 struct Socket {
   int fd = -1;
   Socket() = default;
@@ -55,12 +57,27 @@ struct Socket {
     a.sin_family = AF_INET;
     a.sin_port = htons(uint16_t(port));
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    // First connected, then limited: the kernel itself goes on with an interrupted connect() that has no time limit.
+    if (fd < 0 || connect(fd, reinterpret_cast<sockaddr*>(&a), sizeof a) != 0) {
+      std::perror("connect");
+      return false;
+    }
     const timeval limit{20, 0};
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-    return connect(fd, reinterpret_cast<sockaddr*>(&a), sizeof a) == 0;
+    return true;
   }
-  bool say(const void* p, size_t n) { return send(fd, p, n, MSG_NOSIGNAL) == ssize_t(n); }
+  bool say(const void* p, size_t n) {
+    const auto* from = static_cast<const uint8_t*>(p);
+    while (n != 0) {
+      const ssize_t put = send(fd, from, n, MSG_NOSIGNAL);
+      if (put < 0 && errno == EINTR) continue;
+      if (put <= 0) return false;
+      from += put;
+      n -= size_t(put);
+    }
+    return true;
+  }
   bool hear(void* p, size_t n) {
     auto* to = static_cast<uint8_t*>(p);
     while (n != 0) {
@@ -76,9 +93,13 @@ struct Socket {
   bool ends(int ms) {
     pollfd p{fd, POLLIN, 0};
     char c[256];
-    while (poll(&p, 1, ms) == 1)
-      if (recv(fd, c, sizeof c, 0) <= 0) return true;
-    return false;
+    for (;;) {
+      const int ready = poll(&p, 1, ms);
+      if (ready < 0 && errno == EINTR) continue;
+      if (ready != 1) return false;
+      const ssize_t got = recv(fd, c, sizeof c, MSG_DONTWAIT);
+      if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR)) return true;
+    }
   }
 };
 

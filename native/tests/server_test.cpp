@@ -1,14 +1,18 @@
 // server_test.cpp tests the node's own rings (inode and namespace operations) and file handles of other processes.
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
 #include <algorithm>
+#include <atomic>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "../ring/unix_address.h"
 #include "node_fixture.h"
 
 namespace {
@@ -259,6 +263,43 @@ TEST_F(ServerTest, DescriptorsAfterTheirConnectionWasClosed) {
   close(fd);
   ASSERT_TRUE(wait_sessions(0));
   EXPECT_EQ(kvfs_node_inode_close(node_, st.st_ino), 0);
+}
+
+// A program's timers go off while it waits for a daemon that is slow to accept: kvfs_open goes on, and says what came of it.
+TEST_F(ServerTest, AConnectThatSignalsInterruptGoesOn) {
+  const std::string path = dir_ + "/slow";
+  const int listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  ASSERT_EQ(kvfs::UnixAddress(path.c_str()).listen_on(listener, 0), 0);
+  const int first = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  ASSERT_EQ(kvfs::UnixAddress(path.c_str()).connect_to(first), 0);  // takes the only place
+  static std::atomic<int> signals{0};
+  signals = 0;
+  struct sigaction act {
+  }, old{};
+  act.sa_handler = [](int) { signals.fetch_add(1); };
+  act.sa_flags = SA_RESTART;
+  ASSERT_EQ(sigaction(SIGUSR1, &act, &old), 0);
+  const pthread_t caller = pthread_self();
+  std::thread daemon([&] {
+    for (int i = 0; i < 20; ++i) {
+      pthread_kill(caller, SIGUSR1);
+      usleep(10000);
+    }
+    close(accept(listener, nullptr, nullptr));
+    const int ours = accept(listener, nullptr, nullptr);
+    for (int i = 0; i < 20; ++i) {
+      pthread_kill(caller, SIGUSR1);
+      usleep(10000);
+    }
+    close(ours);
+    close(listener);
+  });
+  kvfs_client* c = nullptr;
+  EXPECT_EQ(kvfs_open(path.c_str(), &c), -EREMOTEIO);  // the accepted connection was closed without an answer
+  daemon.join();
+  EXPECT_GE(signals.load(), 20);
+  close(first);
+  sigaction(SIGUSR1, &old, nullptr);
 }
 
 TEST_F(ServerTest, ErrorsOfStart) {
