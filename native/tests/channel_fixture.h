@@ -87,6 +87,7 @@ class MapHandler : public ChannelHandler {
     ++released_ops;
     if (op->buf == nullptr) return;
     out -= op->buf_len;
+    room_came_ = true;
     std::memset(op->buf, 0xdd, op->buf_len);
     delete[] op->buf;
   }
@@ -104,7 +105,8 @@ class MapHandler : public ChannelHandler {
       c->reply(op);
     }
     c->flush();
-    c->resume();
+    if (room_came_) c->resume();
+    room_came_ = false;
   }
 
  protected:
@@ -168,6 +170,9 @@ class MapHandler : public ChannelHandler {
     }
     return -EOPNOTSUPP;
   }
+
+ private:
+  bool room_came_ = false;  // since resume() was called
 };
 
 // An operation and its memory.

@@ -17,6 +17,13 @@ class ChannelLoop : public testing::Test {
     if (server_ != nullptr) handler_.answer(server_.get());
     if (client_ != nullptr) client_->flush(1);
   }
+  // Until f() is true, but for 20 s only.
+  template <typename F>
+  bool until(F f, uint64_t wait_ns = 1'000'000) {
+    const uint64_t deadline = monotonic_ns() + 20'000'000'000;
+    while (!f() && monotonic_ns() < deadline) turn(wait_ns);
+    return f();
+  }
   void check_client() {
     EXPECT_TRUE(client_->closed());
     for (const auto& c : calls_) EXPECT_EQ(c->back, 1u) << "every operation comes back once";
@@ -46,16 +53,15 @@ class ChannelPair : public ChannelLoop<Client, Server> {
     handler_.hold = false;
     client_->close();
     if (server_ != nullptr) server_->close();
-    for (int i = 0; i < 1000 && !(client_->closed() && (server_ == nullptr || server_->closed())); ++i) turn();
+    this->until([&] { return client_->closed() && (server_ == nullptr || server_->closed()); });
     this->check_client();
     EXPECT_EQ(client_->ops_inflight(), 0u);
     EXPECT_EQ(client_->bytes_inflight(), 0u);
     if (server_ != nullptr) this->check_server();
   }
   void turn(uint64_t wait_ns = 1'000'000) { Base::turn(wait_ns); }
-  bool settle(int turns = 20000) {
-    for (int i = 0; i < turns && client_->ops_inflight() != 0; ++i) turn();
-    return client_->ops_inflight() == 0;
+  bool settle() {
+    return this->until([&] { return client_->ops_inflight() == 0; });
   }
   Call* call(wire::Op op, uint64_t key = 0, uint32_t len = 0, uint32_t off = 0) {
     calls_.push_back(std::make_unique<Call>(op, key, len, off));
@@ -135,12 +141,12 @@ class HostileChannel : public ChannelLoop<Client, Server> {
   void TearDown() override {
     if (client_ != nullptr) {
       client_->close();
-      for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
+      this->until([&] { return client_->closed(); });
       this->check_client();
     }
     if (server_ != nullptr) {
       server_->close();
-      for (int i = 0; i < 1000 && !server_->closed(); ++i) turn();
+      this->until([&] { return server_->closed(); });
       this->check_server();
     }
   }

@@ -92,7 +92,7 @@ TEST_F(ShmChannel, AnswersThatFindTheRingFullWaitAndNothingIsLost) {
   store(1, 100);
   std::vector<Call*> gets;
   for (uint32_t k = 0; k < 300; ++k) gets.push_back(call(Op::Get, 1, 100));
-  for (int i = 0; i < 3000 && handler_.waiting.size() < 300; ++i) turn();
+  until([&] { return handler_.waiting.size() >= 300; });
   ASSERT_EQ(handler_.waiting.size(), 300u);
   handler_.hold = false;
   handler_.answers = 1000;
@@ -106,9 +106,9 @@ TEST_F(ShmChannel, WhatIsCancelledComesBackAtOnceAndItsMemoryIsNotTouchedAnyMore
   handler_.hold = true;
   std::vector<Call*> gets;
   for (int i = 0; i < 8; ++i) gets.push_back(call(Op::Get, 1, 4096));
-  for (int i = 0; i < 1000 && handler_.waiting.size() < 8; ++i) turn();
+  until([&] { return handler_.waiting.size() >= 8; });
   for (int i = 0; i < 7; ++i) client_->cancel(&gets[size_t(i)]->op);
-  for (int i = 0; i < 1000 && !gets[6]->ended(); ++i) turn();
+  until([&] { return gets[6]->ended(); });
   for (int i = 0; i < 7; ++i) {
     EXPECT_TRUE(gets[size_t(i)]->ended() && gets[size_t(i)]->op.cancelled && !gets[size_t(i)]->op.answered);
     gets[size_t(i)]->mem.reset();  // ASan sees who touches it
@@ -121,13 +121,13 @@ TEST_F(ShmChannel, WhatIsCancelledComesBackAtOnceAndItsMemoryIsNotTouchedAnyMore
 
   handler_.hold = true;
   Call* last = call(Op::Get, 1, 4096);
-  for (int i = 0; i < 1000 && handler_.waiting.empty(); ++i) turn();
+  until([&] { return !handler_.waiting.empty(); });
   client_->cancel(&last->op);
-  for (int i = 0; i < 1000 && handler_.cancelled.empty(); ++i) turn();
+  until([&] { return !handler_.cancelled.empty(); });
   EXPECT_EQ(handler_.cancelled.size(), 1u) << "nothing of the batch is wanted";
   Call* unsent = call(Op::Get, 1, 4096);
   client_->cancel(&unsent->op);
-  for (int i = 0; i < 1000 && !unsent->ended(); ++i) turn();
+  until([&] { return unsent->ended(); });
   EXPECT_TRUE(unsent->op.cancelled);
 }
 
@@ -139,7 +139,7 @@ TEST_F(ShmChannel, APingIsAnsweredThoughNothingElseIs) {
   for (int i = 0; i < 10; ++i) turn();
   const uint64_t before = client_->heard_ns();
   client_->ping();
-  for (int i = 0; i < 1000 && client_->heard_ns() == before; ++i) turn();
+  until([&] { return client_->heard_ns() != before; });
   EXPECT_GT(client_->heard_ns(), before);
   EXPECT_EQ(client_->error(), 0);
 }
@@ -159,7 +159,7 @@ TEST_F(ShmChannel, AServerThatIsGoneIsNoticedAndWhatItHadAnsweredCounts) {
   server_->reply(first);
   server_->flush();
   server_->close();  // before the client has looked
-  for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
+  until([&] { return client_->closed(); });
   EXPECT_TRUE(right(*answered, 1, 4096));
   EXPECT_TRUE(open_one->ended() && !open_one->op.answered);
   EXPECT_EQ(open_one->op.result, -ECONNRESET);
@@ -174,9 +174,9 @@ TEST_F(ShmChannel, AClientThatIsGoneEndsTheChannelAndItsOperationsGoBackToTheHan
   handler_.hold = true;
   for (int i = 0; i < 20; ++i) call(Op::Get, 1, 4096);
   for (int i = 0; i < 5; ++i) call(Op::Put, 7, 4096);
-  for (int i = 0; i < 1000 && handler_.waiting.size() < 25; ++i) turn();
+  until([&] { return handler_.waiting.size() >= 25; });
   client_->close();
-  for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
+  until([&] { return handler_.ended_times != 0; });
   EXPECT_EQ(handler_.ended_times, 1u);
   EXPECT_EQ(handler_.ended_with, 0);
 }

@@ -64,7 +64,7 @@ class ShmHostile : public HostileChannel<ShmClientChannel, ShmServerChannel> {
     return c.op.desc;
   }
   bool server_ends(int with) {
-    for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
+    until([&] { return handler_.ended_times != 0; });
     return handler_.ended_times == 1 && handler_.ended_with == with;
   }
   Call* get(uint32_t len) {
@@ -88,7 +88,7 @@ class ShmHostile : public HostileChannel<ShmClientChannel, ShmServerChannel> {
     FrameHeader h = header(Type::Response, 1, sent_batch());
     spoil(&h, &r);
     say(h, &r, sizeof r, damage);
-    for (int i = 0; i < 1000 && !c->ended(); ++i) turn();
+    until([&] { return c->ended(); });
     EXPECT_TRUE(c->ended());
     EXPECT_FALSE(c->op.answered);
   }
@@ -128,7 +128,7 @@ TEST_F(ShmHostile, WhatLiesOutsideOfTheArenaIsRefusedAndTheRestIsServed) {
   put.sum = wire::data_sum(good.data(), good.size());
   request({desc(Op::Get, 100, kTestArena - 99), desc(Op::Get, 100, UINT64_MAX - 50), desc(Op::Put, 4096, kTestArena),
            other_memory, nowhere, put});
-  for (int i = 0; i < 1000 && handler_.released_ops < 6; ++i) turn();
+  until([&] { return handler_.released_ops >= 6; });
   EXPECT_EQ(handler_.errors, std::vector<int>(5, -EINVAL));
   ASSERT_EQ(handler_.chunks.size(), 1u);
   EXPECT_EQ(handler_.chunks.begin()->second, good);
@@ -140,7 +140,7 @@ TEST_F(ShmHostile, APayloadThatIsNotWhatItsSumSaysIsRefused) {
   Desc put = desc(Op::Put, 4096, 0);
   put.sum = 42;
   request({put});
-  for (int i = 0; i < 1000 && handler_.released_ops < 1; ++i) turn();
+  until([&] { return handler_.released_ops >= 1; });
   EXPECT_EQ(handler_.errors, std::vector<int>{-EBADMSG});
   EXPECT_TRUE(handler_.chunks.empty());
 }
@@ -151,7 +151,7 @@ TEST_F(ShmHostile, MoreThanTheSessionMayHaveUnansweredEndsTheConnection) {
   open_server(few);
   handler_.hold = true;
   request(std::vector<Desc>(4, desc(Op::Get, 100, 0)));
-  for (int i = 0; i < 1000 && handler_.waiting.size() < 4; ++i) turn();
+  until([&] { return handler_.waiting.size() >= 4; });
   EXPECT_EQ(handler_.ended_times, 0u);
   request({desc(Op::Get, 100, 0)});
   EXPECT_TRUE(server_ends(-EPROTO));
@@ -226,7 +226,7 @@ TEST_F(ShmHostile, AFloodOfBellsKeepsNobodyFromBeingServed) {
   wire::seal(&h, &d);
   std::memcpy(slot, &h, sizeof h);
   out_.push();
-  for (int i = 0; i < 1000 && handler_.released_ops < 1; ++i) turn();
+  until([&] { return handler_.released_ops >= 1; });
   EXPECT_EQ(handler_.released_ops, 1u);
   EXPECT_EQ(std::memcmp(pair_.at(1, layout_.arena), pattern(1, 100).data(), 100), 0);
 }
@@ -261,7 +261,7 @@ TEST_F(ShmHostile, DataThatIsNotWhatItsSumSaysIsNoAnswerAndTheConnectionGoesOn) 
 TEST_F(ShmHostile, APongThatNobodyAskedForEndsTheConnection) {
   open_client();
   say(header(Type::Pong, 0, 1), nullptr, 0);
-  for (int i = 0; i < 1000 && client_->error() == 0; ++i) turn();
+  until([&] { return client_->error() != 0; });
   EXPECT_EQ(client_->error(), -EPROTO);
 }
 TEST_F(ShmHostile, AServersIndexOfMoreThanTheRingHoldsEndsTheConnection) {
@@ -269,7 +269,7 @@ TEST_F(ShmHostile, AServersIndexOfMoreThanTheRingHoldsEndsTheConnection) {
   Call* c = get(4096);
   pair_.words(0)[1].tail = UINT32_MAX;
   bell();
-  for (int i = 0; i < 1000 && !c->ended(); ++i) turn();
+  until([&] { return c->ended(); });
   EXPECT_EQ(client_->error(), -EPROTO);
 }
 

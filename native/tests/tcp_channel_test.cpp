@@ -99,7 +99,7 @@ TEST_F(TcpChannel, TheServerStopsListeningToAClientThatDoesNotRead) {
   client_->close();  // its place is taken by a socket that only sends
   while (!client_->closed()) ring_->submit_and_wait(1'000'000);
   server_->close();
-  for (int i = 0; i < 100 && !server_->closed(); ++i) turn();
+  until([&] { return server_->closed(); });
   int fd[2];
   tcp_pair(fd);
   MapHandler h;
@@ -158,16 +158,16 @@ TEST_F(TcpChannel, ACancelledOperationComesBackWhileTheServerHasIt) {
   Call* one = call(Op::Get, 1, 4096);
   Call* two = call(Op::Get, 1, 4096);
   client_->flush(1);
-  for (int i = 0; i < 1000 && handler_.taken < 2; ++i) turn();
+  until([&] { return handler_.taken >= 2; });
   client_->cancel(&one->op);
-  for (int i = 0; i < 1000 && !one->ended(); ++i) turn();
+  until([&] { return one->ended(); });
   EXPECT_TRUE(one->op.cancelled);
   EXPECT_EQ(client_->ops_inflight(), 2u) << "the server still owes an answer";
   for (int i = 0; i < 5; ++i) turn();
   EXPECT_TRUE(handler_.cancelled.empty()) << "the other one of the batch is still wanted";
   std::memset(one->mem.get(), 0x77, 4096);
   client_->cancel(&two->op);
-  for (int i = 0; i < 1000 && handler_.cancelled.empty(); ++i) turn();
+  until([&] { return !handler_.cancelled.empty(); });
   EXPECT_EQ(handler_.cancelled.size(), 1u);
   handler_.hold = false;
   ASSERT_TRUE(settle());
@@ -190,7 +190,7 @@ TEST_F(TcpChannel, AnOperationCancelledWhileItsAnswerComesLeavesTheRestWhole) {
         over = big->ended() || big->mem[(8u << 20) / 20 * static_cast<uint32_t>(round) + 1] != 0xa5;
       }
       client_->cancel(&big->op);
-      for (int i = 0; i < 20000 && !big->ended(); ++i) turn();
+      until([&] { return big->ended(); });
       ASSERT_TRUE(big->ended());
       if (big->op.cancelled) std::memset(big->mem.get(), 0x77, 8u << 20);
       ASSERT_TRUE(settle());
@@ -221,7 +221,7 @@ TEST_F(TcpChannel, APutCancelledWhileItIsSentComesBackThoughTheServerDoesNotRead
   for (int i = 0; i < 50; ++i) turn(100'000);
   EXPECT_FALSE(put->ended());
   client_->cancel(&put->op);
-  for (int i = 0; i < 1000 && !put->ended(); ++i) turn();
+  until([&] { return put->ended(); });
   ASSERT_TRUE(put->ended());
   EXPECT_TRUE(put->op.cancelled);
   std::memset(put->mem.get(), 0x77, 16u << 20);
@@ -240,7 +240,7 @@ TEST_F(TcpChannel, APingIsAnsweredWhileOperationsWait) {
   for (int i = 0; i < 10; ++i) turn();
   const uint64_t heard = client_->heard_ns();
   client_->ping();
-  for (int i = 0; i < 1000 && client_->heard_ns() == heard; ++i) turn();
+  until([&] { return client_->heard_ns() != heard; });
   EXPECT_GT(client_->heard_ns(), heard);
   EXPECT_EQ(client_->error(), 0);
 }
@@ -254,7 +254,7 @@ TEST_F(TcpChannel, WhenTheServerGoesEverythingComesBackUnanswered) {
   client_->flush(1);
   for (int i = 0; i < 20; ++i) turn();
   server_->close();
-  for (int i = 0; i < 1000 && client_->ops_inflight() != 0; ++i) turn();
+  until([&] { return client_->ops_inflight() == 0; });
   EXPECT_NE(client_->error(), 0);
   for (Call* c : some) EXPECT_TRUE(c->ended() && !c->op.answered && c->op.result < 0);
   Call* late = call(Op::Sync);
@@ -270,7 +270,7 @@ TEST_F(TcpChannel, WhenTheClientGoesTheServerHasItsBuffersBack) {
   client_->flush(1);
   for (int i = 0; i < 5; ++i) turn(0);
   client_->close();
-  for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
+  until([&] { return handler_.ended_times != 0; });
   EXPECT_FALSE(server_->closed()) << "what was taken must be replied to";
 }
 
@@ -320,7 +320,7 @@ TEST_F(TcpChannel, RandomWorkAgreesWithAModel) {
       turn(r() % 3 == 0 ? 100'000 : 0);
       if (step == 1499) {
         handler_.answers = 256;
-        ASSERT_TRUE(settle(100'000));
+        ASSERT_TRUE(settle());
       }
       std::erase_if(mine, [&](const std::unique_ptr<Call>& c) {
         if (!c->ended()) return false;
@@ -373,8 +373,8 @@ TEST_F(TcpChannel, AnOperationOrTheChannelMayBeEndedFromDone) {
   for (int i = 0; i < 10; ++i) turn();
   handler_.hold = false;
   handler_.answers = 3;
-  for (int i = 0; i < 100 && !first->ended(); ++i) turn();
-  for (int i = 0; i < 100 && client_->ops_inflight() != 0; ++i) turn();
+  until([&] { return first->ended(); });
+  until([&] { return client_->ops_inflight() == 0; });
   EXPECT_TRUE(first->ended() && other->ended() && put->ended());
 }
 

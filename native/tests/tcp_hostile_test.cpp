@@ -182,11 +182,11 @@ TEST_F(TcpHostile, AnAnswerThatCannotBeEndsTheChannelAndTouchesNothing) {
     const Bytes f =
         frame(header(Type::Response, k.results.size(), k.payload, batch), records(k.results), Bytes(k.payload, 0x11));
     send_raw(f.data(), f.size());
-    for (int i = 0; i < 1000 && client_->ops_inflight() != 0; ++i) turn();
+    until([&] { return client_->ops_inflight() == 0; });
     EXPECT_EQ(client_->error(), -EPROTO);
     EXPECT_TRUE(get->ended() && put->ended());
     for (uint32_t i = 0; i < 4096; ++i) ASSERT_EQ(get->mem[i], 0xa5);
-    for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
+    until([&] { return client_->closed(); });
     ASSERT_TRUE(client_->closed());
     ::close(raw_);
     raw_ = -1;
@@ -199,9 +199,9 @@ TEST_F(TcpHostile, AFrameThatOnlyAClientSendsEndsTheClientsChannel) {
     const Bytes body(t == Type::Request ? sizeof(wire::Desc) : 0);
     const Bytes f = frame(header(t, t == Type::Request ? 1 : 0, 0, 77), body);
     send_raw(f.data(), f.size());
-    for (int i = 0; i < 1000 && client_->error() == 0; ++i) turn();
+    until([&] { return client_->error() != 0; });
     EXPECT_EQ(client_->error(), -EPROTO);
-    for (int i = 0; i < 1000 && !client_->closed(); ++i) turn();
+    until([&] { return client_->closed(); });
     ::close(raw_);
     raw_ = -1;
   }
@@ -213,9 +213,9 @@ TEST_F(TcpHostile, AServersByeSaysWhy) {
   sent_batch();
   const Bytes f = frame(header(Type::Bye, 0, 0, ESHUTDOWN), {});
   send_raw(f.data(), f.size());
-  for (int i = 0; i < 1000 && client_->error() == 0; ++i) turn();
+  until([&] { return client_->error() != 0; });
   EXPECT_EQ(client_->error(), -ESHUTDOWN);
-  for (int i = 0; i < 100 && !get->ended(); ++i) turn();
+  until([&] { return get->ended(); });
   EXPECT_EQ(get->op.result, -ESHUTDOWN);
 }
 
@@ -230,7 +230,7 @@ TEST_F(TcpHostile, AWrongSumOfDataConcernsItsOperationAlone) {
   payload.insert(payload.end(), fine.begin(), fine.end());
   const Bytes f = frame(header(Type::Response, 2, payload.size(), batch), records(rs), payload);
   send_raw(f.data(), f.size());
-  for (int i = 0; i < 1000 && client_->ops_inflight() != 0; ++i) turn();
+  until([&] { return client_->ops_inflight() == 0; });
   EXPECT_FALSE(get->op.answered);
   EXPECT_EQ(get->op.result, -EBADMSG);
   EXPECT_TRUE(good->op.answered && good->op.result == 64);
@@ -250,13 +250,13 @@ TEST_F(TcpHostile, ARequestThatCannotBeIsAnsweredAndOneThatBreaksTheLimitsEndsTh
   const std::vector<wire::Desc> ds = {bad.op.desc, unknown.op.desc, rdma.op.desc, damaged.op.desc};
   const Bytes f = frame(header(Type::Request, 4, 1100, 1), records(ds), Bytes(1100, 9));
   send_raw(f.data(), f.size());
-  for (int i = 0; i < 1000 && handler_.released_ops < 4; ++i) turn();
+  until([&] { return handler_.released_ops >= 4; });
   EXPECT_EQ(handler_.errors, (std::vector<int>{-EOPNOTSUPP, -EINVAL, -EINVAL, -EBADMSG}));
   EXPECT_TRUE(handler_.chunks.empty());
   EXPECT_EQ(handler_.ended_times, 0u);
   const Bytes wrong = frame(header(Type::Request, 1, 999, 2), records(std::vector<wire::Desc>{bad.op.desc}));
   send_raw(wrong.data(), wrong.size());
-  for (int i = 0; i < 1000 && handler_.ended_times == 0; ++i) turn();
+  until([&] { return handler_.ended_times != 0; });
   EXPECT_EQ(handler_.ended_with, -EPROTO);
 }
 
