@@ -7,8 +7,10 @@ rounds' ratios.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from kvfs_tools.bench.measure import Listener
 from kvfs_tools.bench.programs import BenchError
 from kvfs_tools.bench.report import Report, Row, Target, summarise
 from kvfs_tools.bench.scratch import Scratch, machine, scratch
+from kvfs_usrbio.blocks import BlockStore
 
 ENGINE: Final = Path(__file__).with_name("ttft_engine.py")
 ENGINE_S: Final = 3600.0
@@ -92,12 +95,21 @@ class Measured(msgspec.Struct, frozen=True):
     get: float
     copy: float
     bytes: int
+    blocks: int
     save: float
     forward: float
 
     @property
     def kvfs(self) -> float:
         return self.exists + self.load
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """By contender. `gets`: seconds of a plain client for what a hit loaded."""
+
+    found: dict[str, Measured]
+    gets: float
 
 
 @dataclass(slots=True)
@@ -138,6 +150,20 @@ class _Bench:
             "kv_connector_extra_config": extra,
         }
 
+    def gets(self, blocks: int, size: int, name: str) -> float:
+        """Seconds that a client of the same kvfs takes for as many blocks of this size, through its ring into its own memory."""
+        with BlockStore.open(self.place.layout.root, f"bench/{name}-gets") as store:
+            memory = store.alloc(blocks * size)
+            ctypes.memset(memory.address, 0x5A, len(memory))
+            keys = [f"{name} {i}".encode() for i in range(blocks)]
+            stored = store.put_from(keys, memory, size)
+            begun = time.perf_counter()
+            got = store.get_into(keys, memory, size)
+            seconds = time.perf_counter() - begun
+            if stored != [1] * blocks or got != [size] * blocks:
+                raise BenchError("a client's own blocks could not be stored and read")
+            return seconds
+
     def example(self, folder: str) -> dict[str, Any]:
         place = self.place.root / folder
         place.mkdir(exist_ok=True)
@@ -149,7 +175,7 @@ class _Bench:
         }
 
 
-def _first_tokens(bench: _Bench, count: int, number: int) -> dict[str, Measured]:
+def _first_tokens(bench: _Bench, count: int, number: int) -> _Round:
     """One round for prompts of this length: what stores goes before what finds it."""
     name = f"{count}-{number}"
     prompts = [(count, REST)]
@@ -169,25 +195,26 @@ def _first_tokens(bench: _Bench, count: int, number: int) -> dict[str, Measured]
             found[who] = take()
     if len({found[who].tokens[0] for who in (COMPUTE, STORE, HIT)}) != 1:
         raise BenchError(f"the first tokens differ: {[found[who].tokens for who in (COMPUTE, STORE, HIT)]}")
-    if not found[HIT].cached:
+    hit = found[HIT]
+    if not hit.cached or not hit.blocks:
         raise BenchError("nothing was loaded from kvfs")
-    return found
+    return _Round(found, bench.gets(hit.blocks, hit.bytes // hit.blocks, name))
 
 
-def _rows(count: int, rounds: list[dict[str, Measured]]) -> list[Row]:
+def _rows(count: int, rounds: list[_Round]) -> list[Row]:
     def pairs(mine: str, other: str) -> list[tuple[float, float | None]]:
-        return [(found[mine].seconds, found[other].seconds) for found in rounds]
+        return [(one.found[mine].seconds, one.found[other].seconds) for one in rounds]
 
     hit = f"TTFT, {count} tokens, KV stored by another process"
     rows = [
         summarise(f"hit-{count}", hit, "s", "recompute", Target(0.03, at_most=True), pairs(HIT, COMPUTE)),
         summarise(
             f"hit-kvfs-{count}",
-            f"the same: inside kvfs's calls, for {rounds[0][HIT].bytes / 2**20:.0f} MiB",
+            f"the same: inside kvfs's calls, for {rounds[0].found[HIT].bytes / 2**20:.0f} MiB",
             "ms",
             "",
             Target(100, at_most=True, absolute=True),
-            [(found[HIT].kvfs * 1e3, None) for found in rounds],
+            [(one.found[HIT].kvfs * 1e3, None) for one in rounds],
         ),
         summarise(
             f"store-{count}",
@@ -197,8 +224,19 @@ def _rows(count: int, rounds: list[dict[str, Measured]]) -> list[Row]:
             Target(1.03, at_most=True),
             pairs(STORE, COMPUTE),
         ),
+        summarise(
+            f"load-{count}",
+            f"loading a hit of {count} tokens into the engine's memory",
+            "MB/s",
+            "gets of the same blocks through a ring",
+            Target(0.9),
+            [
+                (one.found[HIT].bytes / one.found[HIT].load / 1e6, one.found[HIT].bytes / one.gets / 1e6)
+                for one in rounds
+            ],
+        ),
     ]
-    if EXAMPLE_HIT in rounds[0]:
+    if EXAMPLE_HIT in rounds[0].found:
         other = "vLLM's ExampleConnector"
         rows.append(
             summarise(f"hit-example-{count}", hit, "s", other, Target(1.0, at_most=True), pairs(HIT, EXAMPLE_HIT))
@@ -206,15 +244,15 @@ def _rows(count: int, rounds: list[dict[str, Measured]]) -> list[Row]:
     return rows
 
 
-def _breakdown(count: int, rounds: list[dict[str, Measured]]) -> str:
+def _breakdown(count: int, rounds: list[_Round]) -> str:
     def middle(of: Callable[[Measured], float]) -> str:
-        return f"{statistics.median(of(found[HIT]) for found in rounds) * 1e3:.1f}"
+        return f"{statistics.median(of(one.found[HIT]) for one in rounds) * 1e3:.1f}"
 
     return (
         f"A hit of {count} tokens, ms: exists {middle(lambda m: m.exists)}, waiting for gets {middle(lambda m: m.get)}, copying"
         f" {middle(lambda m: m.copy)} (the load in all {middle(lambda m: m.load)}), forward {middle(lambda m: m.forward)},"
         f" scheduling and the rest {middle(lambda m: m.seconds - m.exists - m.load - m.forward)}; storing it took the worker"
-        f" {statistics.median(found[STORE].save for found in rounds) * 1e3:.1f} ms in copies."
+        f" {statistics.median(one.found[STORE].save for one in rounds) * 1e3:.1f} ms in copies."
     )
 
 
@@ -259,7 +297,7 @@ def bench_ttft(beside: Path, plan: TtftPlan, *, breakdown: bool = False, listen:
             rows += _rows(count, rounds)
             if breakdown:
                 notes.append(_breakdown(count, rounds))
-            spent = {who: statistics.median(found[who].cpu for found in rounds) for who in rounds[0]}
+            spent = {who: statistics.median(one.found[who].cpu for one in rounds) for who in rounds[0].found}
             notes.append(
                 f"CPU of the engine's process, {count} tokens, s: "
                 + ", ".join(f"{who} {seconds:.2f}" for who, seconds in spent.items())

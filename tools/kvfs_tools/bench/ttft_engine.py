@@ -129,6 +129,7 @@ def main() -> None:
                 "get": total("load", "get"),
                 "copy": total("load", "copy"),
                 "bytes": total("load", "bytes"),
+                "blocks": total("load", "blocks"),
                 "save": total("save", "copy"),
                 "forward": total("step", "forward"),
             }
