@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from kvfs import daemon
-from kvfs.cli.node import configured, run_daemon, run_detached
+from kvfs.cli.node import NO_TIER, configured, run_daemon, run_detached
 from kvfs.cli.output import USAGE, fail
 from kvfs.cluster import remote, volume
 from kvfs.config import Config, RemoteConfig, Size
@@ -72,7 +72,9 @@ def mount(
         typer.Option("--dir", help="Of a volume: where its names are kept (default: below the configured one)."),
     ] = None,
     token: Annotated[Path | None, typer.Option("--token", help="Of a volume: what gives the right to it.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="Bytes of DRAM for hot blocks.")] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Of a data directory: bytes of DRAM for hot blocks.")
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return once the mount answers; run in the background.")
     ] = False,
@@ -85,6 +87,8 @@ def mount(
     another directory or cannot be reached."""
     config = configured()
     if is_remote(url):
+        if memory is not None:
+            fail(f"--memory is for data directories: {NO_TIER}", code=USAGE)
         place, settings = _volume(url, directory, token, config)
     elif directory is not None or token is not None:
         fail("--dir and --token are for volumes: kvfs://HOST:PORT/TENANT/VOLUME", code=USAGE)

@@ -21,6 +21,7 @@ from kvfs_usrbio.locate import mounted_from
 UP_EXAMPLES = "Examples:  kvfs up   |   kvfs up --dir /data/kvfs --mount /mnt/kvfs --size 64G --detach"
 DOWN_EXAMPLES = "Examples:  kvfs down   |   kvfs down --dir /data/kvfs"
 STATUS_EXAMPLES = "Examples:  kvfs status   |   kvfs status --dir /data/kvfs --json"
+NO_TIER = "hot blocks of a volume are in the memory of its chunk servers (`memory` of each [[device]])"
 START_S = 120
 STOP_S = 60
 
@@ -80,6 +81,8 @@ def up(
 ) -> None:
     """Start kvfs on this machine: chunk store, metadata and mount of one data directory."""
     config = configured(file)
+    if config.remote.url and memory is not None:
+        fail(f"remote.url names a volume, --memory is for data in a directory: {NO_TIER}", code=USAGE)
     try:
         store = StoreConfig(
             size=Size.parse(size) if size is not None else config.store.size,
@@ -87,7 +90,7 @@ def up(
             shared=Size.parse(shared) if shared is not None else config.store.shared,
         )
     except ValueError as e:
-        fail(str(e), code=2)
+        fail(str(e), code=USAGE)
     config = msgspec.structs.replace(
         config,
         dir=(directory or config.dir).absolute(),

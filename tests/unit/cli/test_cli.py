@@ -106,3 +106,14 @@ def test_wrong_config_exits_1_with_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == f"kvfs: {file}: store.sise: unknown setting; did you mean 'size'?\n"
+
+
+def test_a_volume_has_no_memory_of_its_own(tmp_path: Path) -> None:
+    url = "kvfs://127.0.0.1:1/acme/home"
+    mounted = runner.invoke(app, ["mount", url, str(tmp_path / "m"), "--dir", str(tmp_path / "d"), "--memory", "1G"])
+    started = runner.invoke(app, ["up", "--dir", str(tmp_path / "d"), "--memory", "1G"], env={"KVFS_REMOTE_URL": url})
+    for refused in (mounted, started):
+        assert refused.exit_code == 2
+        assert "--memory is for data" in refused.stderr
+        assert "in the memory of its chunk servers" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
