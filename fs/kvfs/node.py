@@ -28,7 +28,7 @@ class RemoteConfig:
     file_namespace: int = 0
     """Where file chunks are; 0: there are none, files are refused."""
     transport: int = 0
-    """lib's numbers: 0 any, RDMA first; 1 TCP; 2 RDMA."""
+    """lib's numbers: 0 any, shared memory and RDMA first; 1 TCP; 2 RDMA."""
     connections: int = 0
     deadline_ms: int = 0
     data_sums: bool = True

@@ -1,7 +1,7 @@
 // net_shm.h owns the shared-memory side of a chunk server: who attaches to a session at a Unix socket is given a segment that
 // this server has made. What comes to the socket is looked at by the listener thread as over TCP (net_listener.h).
 //
-// Bounds: kMaxSegments segments of a process, of kShmArena bytes and some indices each; who finds none is told -EBUSY and
+// Bounds: kMaxShmSegments segments of a process, of kShmArena bytes and some indices each; who finds none is told -EBUSY and
 // has its TCP connections.
 #pragma once
 

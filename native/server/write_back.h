@@ -1,7 +1,7 @@
 // write_back.h owns file bytes that were acknowledged and are not in the store yet: pages of 4 KiB, each with the range
 // that is new, by chunk. Reads see them, fsync waits for them, and a chunk goes to the store as one write. Reactor thread.
 //
-// Bounds: `budget` bytes of pages, kFlushes chunks on their way, kMaxAge until a chunk goes of its own accord.
+// Bounds: `budget` bytes of pages, kFlushes chunks on their way, kMaxAgeNs until a chunk goes of its own accord.
 #pragma once
 
 #include <cstdint>

@@ -100,7 +100,7 @@ struct ChunkInfo {
 
 struct FormatOptions {
   uint64_t size = 0;           // bytes to use; 0 = whole device
-  uint32_t segment_bytes = 0;  // 0 = chosen from size: power of two, 1..16 MiB
+  uint32_t segment_bytes = 0;  // power of two, 1..64 MiB; 0 = chosen from size, 2..16 MiB
   uint64_t journal_bytes = 0;  // 0 = chosen: size/64 clamped to [4 MiB, 64 MiB]
 };
 

@@ -1,8 +1,8 @@
 // rdma_server.h owns the server's end of an RDMA connection: requests arrive as messages, payload is read from and written
 // to the client's memory, and one message answers what is ready of a batch, behind the writes that it speaks of.
 //
-// Bounds: operations and payload bytes of a connection as its session allows, kReads reads under way or as many as the
-// client's device answers, and whatever can't be posted at once waits in lists of operations.
+// Bounds: operations and payload bytes of a connection as its session allows, RdmaConnection::max_reads() reads under way,
+// and whatever can't be posted at once waits in lists of operations.
 #pragma once
 
 #include <memory>

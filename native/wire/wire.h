@@ -3,7 +3,8 @@
 //
 // A connection begins with one Hello and one HelloReply. After that both sides send frames: a FrameHeader, a body of
 // fixed-size records (what and how many follows from the header), and over TCP the payload that the records describe.
-// Over RDMA there is no payload: data goes by RDMA READ and WRITE to and from what a descriptor names.
+// Over RDMA there is no payload: data goes by RDMA READ and WRITE to and from what a descriptor names. Nor is there over
+// shared memory, where a descriptor names a place in the connection's arena.
 #pragma once
 
 #include <cstddef>
@@ -72,7 +73,7 @@ struct RdmaReply {
 };
 static_assert(sizeof(RdmaReply) == 8);
 
-// Server to client; `map_len` bytes follow (Purpose::Map, or the client's map_version is not the server's).
+// Server to client; `map_len` bytes follow, with Purpose::Map alone.
 struct HelloReply {
   uint32_t magic;
   uint16_t version;  // what is spoken from now on
@@ -127,7 +128,7 @@ enum class Op : uint8_t {
   Lookup = 6,    // result = length or -ENOENT
   Flush = 7,     // file chunks of the inode in key[0..8): durable
   Sync = 8,      // everything acknowledged so far: durable
-  Scan = 9,      // chunks of (kind, ns) from cursor `addr2` on: up to len bytes of ScanRecord. result = bytes, 0 = end
+  Scan = 9,      // chunks of (kind, ns) from `cursor` on: up to len bytes of ScanRecord. result = bytes, 0 = end
   Purge = 10,    // File: chunks [key[8..16), key[16..24)) of inode key[0..8); Block: all of the namespace. result = 0
   Stat = 11,     // payload: one TargetStat. result = its bytes
 };
@@ -155,7 +156,7 @@ struct Desc {
   // answers such an operation from memory and does not execute it twice. Else 0.
   uint64_t seq;
   uint64_t sum;   // has_in(): XXH3-64 of the payload, with kDataSums
-  uint64_t addr;  // RDMA: where the data is or goes in the client's memory; TCP: 0
+  uint64_t addr;  // RDMA: where data is or goes in the client's memory; shm: in the arena; TCP: 0
   uint32_t rkey;
   uint32_t rsv;
   uint64_t cursor;  // Scan

@@ -52,7 +52,7 @@ def make_ioring(
     numa: int = -1,
     flags: int = 0,
 ) -> ioring:
-    """A ring for reads or for writes; `timeout` in ms, for io_depth < 0. See hf3fs_py_usrbio.ioring."""
+    """A ring for reads or for writes; `priority`, `timeout` and `numa` have no effect. See hf3fs_py_usrbio.ioring."""
     return ioring(hf3fs_mount_point, entries, for_read, io_depth, priority, timeout, numa, flags)
 
 

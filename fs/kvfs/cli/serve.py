@@ -28,7 +28,8 @@ def chunk(
         bool, typer.Option("--check", help="Check configuration, cluster file and key, and exit.")
     ] = False,
 ) -> None:
-    """Serve the chunk stores of this machine's devices to clients over TCP and RDMA, until Ctrl-C or SIGTERM.
+    """Serve the chunk stores of this machine's devices to clients over TCP, RDMA and shared memory,
+    until Ctrl-C or SIGTERM.
 
     SIGHUP reads the cluster file again. Exits 1 if it cannot start."""
     if print_default:
