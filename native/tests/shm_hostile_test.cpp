@@ -10,6 +10,7 @@
 #include "../transport/shm_connect.h"
 #include "../transport/tcp_connect.h"
 #include "channel_pair.h"
+#include "handshake.h"
 #include "shm_fixture.h"
 
 namespace kvfs {

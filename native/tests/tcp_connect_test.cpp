@@ -9,6 +9,7 @@
 #include "../transport/tcp_connect.h"
 #include "../transport/tcp_stream.h"
 #include "channel_fixture.h"
+#include "handshake.h"
 
 namespace kvfs {
 namespace {

@@ -204,28 +204,4 @@ int ServerHandshake::write() {
   return 1;
 }
 
-int server_read_hello(int fd, wire::Hello* hello, std::vector<uint8_t>* capability, uint64_t deadline_ns) {
-  ServerHandshake h(fd);
-  for (;;) {
-    const int rc = h.read();
-    if (rc < 0) return rc;
-    if (rc > 0) break;
-    if (const int waited = wait_for(fd, POLLIN, deadline_ns); waited != 0) return waited;
-  }
-  *hello = h.hello();
-  *capability = h.capability();
-  return 0;
-}
-
-int send_reply(int fd, const wire::HelloReply& reply, const void* map, uint32_t map_len, uint64_t deadline_ns) {
-  ServerHandshake h(fd);
-  h.answer(reply, map, map_len);
-  for (;;) {
-    const int rc = h.write();
-    if (rc < 0) return rc;
-    if (rc > 0) return 0;
-    if (const int waited = wait_for(fd, POLLOUT, deadline_ns); waited != 0) return waited;
-  }
-}
-
 }  // namespace kvfs

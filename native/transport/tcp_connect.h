@@ -55,8 +55,4 @@ class ServerHandshake {
   size_t sent_ = 0;
 };
 
-// The same, waiting.
-int server_read_hello(int fd, wire::Hello* hello, std::vector<uint8_t>* capability, uint64_t deadline_ns);
-int send_reply(int fd, const wire::HelloReply& reply, const void* map, uint32_t map_len, uint64_t deadline_ns);
-
 }  // namespace kvfs
