@@ -371,10 +371,6 @@ class DataPlane:
                 yield HashedKey(raw) if entry.key_len > KEY_MAX else raw, entry.length, entry.mtime
             cursor = entries[len(packed) // size - 1].cursor
 
-    async def namespace_delete(self, ns_id: int) -> None:
-        """Drops every block of the namespace."""
-        check(await self._call(lib.KVFS_OP_NS_DELETE, handle=ns_id), f"delete blocks of namespace {ns_id}")
-
     def space_short(self) -> bool:
         """So little space is left that every byte which is freed is wanted at once."""
         return lib.kvfs_node_space_short(self._node) == 1

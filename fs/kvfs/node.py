@@ -250,12 +250,6 @@ class Node:
         if result < 0:
             raise OSError(-result, f"namespace {tenant}/{name}")
 
-    def drop_namespace(self, tenant: str, name: str) -> None:
-        """Nobody opens it from now on; who has it open keeps it."""
-        result = lib.kvfs_node_ns_drop(self.handle, tenant.encode(), name.encode())
-        if result < 0 and result != -errno.ENOENT:
-            raise OSError(-result, f"namespace {tenant}/{name}")
-
     def set_mount(self, st_dev: int) -> None:
         """The mount whose open files clients may register."""
         result = lib.kvfs_node_set_mount(self.handle, st_dev)

@@ -81,7 +81,6 @@ int kvfs_node_space_short(kvfs_node* n);
 
 /* Makes a namespace known. uid: who may open it besides 0 and the daemon's own; KVFS_ANY_UID = everybody admitted. */
 int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_t ns_id, int evictable, uint32_t uid);
-int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name); /* handles already open stay open */
 
 int kvfs_node_upcall_fd(kvfs_node* n);                            /* readable when an upcall waits */
 int kvfs_node_next_upcall(kvfs_node* n, struct kvfs_upcall* out); /* 1 = filled, 0 = none */

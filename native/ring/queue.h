@@ -80,8 +80,6 @@ class ClientRing {
     memset(s, 0, sizeof *s);
     return s;
   }
-  // Takes back the entry given last, before publish().
-  void unprep() { --sq_tail_; }
 
   // Returns true if the daemon sleeps and its eventfd must be written.
   bool publish() {
@@ -167,7 +165,6 @@ class DaemonRing {
     ++sq_head_;
     ++reserved_;
   }
-  const kvfs_sqe* peek(uint32_t i) const { return &sqes_[(sq_head_ + i) & (entries_ - 1)]; }  // prefetch only
 
   // Visible to the client at the next publish().
   void complete(uint64_t user_data, int64_t result) {

@@ -31,10 +31,6 @@ class Namespaces {
     std::lock_guard<std::mutex> g(mu_);
     map_[{tenant, name}] = i;
   }
-  bool drop(const std::string& tenant, const std::string& name) {
-    std::lock_guard<std::mutex> g(mu_);
-    return map_.erase({tenant, name}) != 0;
-  }
   bool find(const std::string& tenant, const std::string& name, NamespaceInfo* out) {
     std::lock_guard<std::mutex> g(mu_);
     auto it = map_.find({tenant, name});

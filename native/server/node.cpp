@@ -236,11 +236,6 @@ int kvfs_node_ns_put(kvfs_node* n, const char* tenant, const char* name, uint32_
   return 0;
 }
 
-int kvfs_node_ns_drop(kvfs_node* n, const char* tenant, const char* name) {
-  if (tenant == nullptr || name == nullptr) return -EINVAL;
-  return n->namespaces.drop(tenant, name) ? 0 : -ENOENT;
-}
-
 int kvfs_node_upcall_fd(kvfs_node* n) { return n->upcalls.fd(); }
 
 int kvfs_node_next_upcall(kvfs_node* n, kvfs_upcall* out) { return n->upcalls.next(out) ? 1 : 0; }

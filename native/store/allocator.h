@@ -31,7 +31,6 @@ class Allocator {
   uint64_t trailer_off(uint64_t slot_off) const;  // 0: this class has none
   uint8_t class_at(uint64_t slot_off) const { return segs_[segment_of(slot_off)].cls; }
   uint32_t slot_bytes(uint64_t slot_off) const;  // payload plus trailer
-  uint32_t slot_align(uint32_t len) const { return static_cast<uint32_t>(round_up(len, align_)); }
 
   uint32_t free_segments() const { return static_cast<uint32_t>(free_.size()); }
   uint64_t free_slot_bytes() const { return free_slot_bytes_; }

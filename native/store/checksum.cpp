@@ -25,6 +25,4 @@ uint64_t xxh3(const void* data, size_t len) {
   return len > 240 && wide ? detail::xxh3_avx2(data, len) : XXH3_64bits(data, len);
 }
 
-uint64_t xxh3_seeded(const void* data, size_t len, uint64_t seed) { return XXH3_64bits_withSeed(data, len, seed); }
-
 }  // namespace kvfs

@@ -8,7 +8,6 @@
 namespace kvfs {
 
 uint64_t xxh3(const void* data, size_t len);
-uint64_t xxh3_seeded(const void* data, size_t len, uint64_t seed);  // for hash tables
 
 namespace detail {  // for the test that compares them
 uint64_t xxh3_base(const void* data, size_t len);

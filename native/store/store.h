@@ -111,7 +111,6 @@ struct StoreOptions {
   double high_watermark = 0.95;       // fraction of data space where eviction of cache blocks starts
   double low_watermark = 0.92;
   uint32_t lazy_ms = 500;  // a lazy operation is on stable storage within this time
-  uint32_t max_inflight_io = 256;
   bool read_only = false;  // fsck: recover in memory, write nothing
 };
 

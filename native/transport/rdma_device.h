@@ -28,7 +28,6 @@ struct RdmaPort {
   bool active = false;
   bool ethernet = false;  // RoCE; else InfiniBand
   uint32_t speed = 0;     // Mbit/s
-  uint32_t mtu = 0;
   std::vector<std::string> netdevs;
   std::vector<RdmaGid> gids;
   std::vector<sockaddr_storage> addresses;  // of this port, that connections can start from

@@ -165,7 +165,6 @@ Status rdma_ports(const VerbsTable& verbs, std::vector<RdmaPort>* out) {
         p.active = attr.state == IBV_PORT_ACTIVE;
         p.ethernet = attr.link_layer == IBV_LINK_LAYER_ETHERNET;
         p.speed = mbits(attr);
-        p.mtu = 128u << attr.active_mtu;
         gids_of(verbs, context, attr, &p);
         if (!p.ethernet) addresses_of_netdevs(&p);
         out->push_back(std::move(p));

@@ -28,7 +28,6 @@ MAX_ENDPOINTS: Final = 16
 MAX_NAMESPACES: Final = 4096
 MAX_TENANT: Final = 63
 FIRST_NAMESPACE: Final = namespaces.FIRST_ID
-CHUNK_KEY: Final = 40  # bytes
 _U32: Final = 0xFFFFFFFF
 _MAGIC: Final = 0x4D46564B  # "KVFM"
 _FORMAT: Final = 1
@@ -266,12 +265,6 @@ class ClusterMap:
             raise MapError((e.strerror or str(e)).partition(": ")[2]) from None
         if len(namespace.tenant) > MAX_TENANT:
             raise MapError(f"tenant {namespace.tenant}: at most {MAX_TENANT} characters")
-
-    def target_of(self, chunk_key: bytes) -> Target:
-        """Who has the chunk of this key, the 40 bytes of a ChunkKey."""
-        if len(chunk_key) != CHUNK_KEY:
-            raise ValueError(f"a chunk key has {CHUNK_KEY} bytes")
-        return self.targets[self.slots[xxhash.xxh3_64_intdigest(chunk_key) & (len(self.slots) - 1)]]
 
     def find(self, tenant: str, name: str) -> Namespace | None:
         return next((n for n in self.namespaces if (n.tenant, n.name) == (tenant, name)), None)

@@ -28,7 +28,6 @@ from kvfs.config import ConfigError
 from kvfs.node import ERR_BYTES, Node, NodeConfig, format_store, journal_bytes, make_store, segment_bytes
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-HEALTH_S: Final = 5.0  # within which every device's thread must answer to count as alive
 _PROBE: Final = 1 << 20  # bytes at the beginning of a block device that are zeros before it is used for the first time
 _RELEASE_TRIES: Final = 100  # of 50 ms: a server that was just killed has its devices a moment longer
 

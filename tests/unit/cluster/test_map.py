@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfs.cluster.map import (
-    CHUNK_KEY,
     MAX_ENDPOINTS,
     Class,
     ClusterMap,
@@ -112,14 +111,6 @@ def test_slots_do_not_depend_on_the_order_in_which_targets_are_listed() -> None:
     straight = [ids[i] for i in spread(1024, ids)]
     turned = [ids[::-1][i] for i in spread(1024, ids[::-1])]
     assert sum(a != b for a, b in zip(straight, turned, strict=True)) <= 16
-
-
-def test_the_target_of_a_key_is_that_of_the_low_bits_of_its_hash() -> None:
-    ids = [Target(i, i, (Endpoint.parse("tcp://10.0.0.1:7117"),)) for i in range(4)]
-    cluster = ClusterMap.make(1, 64, ids)
-    key = bytes(range(CHUNK_KEY))
-    slot = xxhash.xxh3_64_intdigest(key) & 63
-    assert cluster.target_of(key) == ids[cluster.slots[slot]]
 
 
 @pytest.mark.parametrize(
