@@ -1,6 +1,7 @@
 // remote_sim.cpp: see remote_sim.h.
 #include "remote_sim.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -544,6 +545,36 @@ SimServer& RemoteHarness::server_of(const ChunkKey& key) {
   if (k.kind == Kind::File) k.ns = kFileNs;
   const uint32_t id = store->map().targets[store->map().target_of(k)].id;
   return *net->servers[id - 1];
+}
+
+ChunkKey RemoteHarness::key_on(uint32_t target, uint64_t salt) const {
+  for (uint64_t n = salt * 100'000;; ++n) {
+    const ChunkKey k = block_key(n + 1, kNs);
+    if (store->map().target_of(k) == target) return k;
+  }
+}
+
+void start(RemoteHarness& h, Async* a, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len, uint8_t flags) {
+  a->h = &h;
+  a->req = Request{};
+  a->req.op = op;
+  a->req.key = key;
+  a->req.off = off;
+  a->req.len = len;
+  a->req.flags = flags;
+  a->req.mem.ptr = a->mem.data();
+  a->req.owner = a;
+  a->req.done = [](Request* r) {
+    auto* self = static_cast<Async*>(r->owner);
+    ASSERT_FALSE(self->done) << "ended twice";
+    self->done = true;
+    self->ended_ns = self->h->net->now;
+  };
+  h.store->submit(&a->req);
+}
+
+bool all_done(const std::vector<Async>& v) {
+  return std::all_of(v.begin(), v.end(), [](const Async& a) { return a.done; });
 }
 
 }  // namespace kvfs

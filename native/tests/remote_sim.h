@@ -177,11 +177,26 @@ struct RemoteHarness {
   }
   SimServer& server(size_t i) { return *net->servers[i]; }
   SimServer& server_of(const ChunkKey& key);  // which has it by the store's map
+  Rail& rail(size_t target, size_t number) { return *store->peers()[target]->rails()[number]; }
+  // A block's key that this target has; another for each salt.
+  ChunkKey key_on(uint32_t target, uint64_t salt = 0) const;
 
   SimNetwork* net = nullptr;
   std::unique_ptr<RemoteStore> store;
 };
 
-constexpr uint32_t kFileNs = 7;
+constexpr uint32_t kNs = 3, kFileNs = 7;
+
+// A request that nobody waits for, with its memory.
+struct Async {
+  Request req;
+  Bytes mem;
+  bool done = false;
+  uint64_t ended_ns = 0;
+  RemoteHarness* h = nullptr;
+};
+void start(RemoteHarness& h, Async* a, Request::Op op, const ChunkKey& key, uint32_t off, uint32_t len,
+           uint8_t flags = 0);
+bool all_done(const std::vector<Async>& v);
 
 }  // namespace kvfs
