@@ -1,4 +1,5 @@
-// file_client.h owns a ring client that has one file open, as an engine beside the mount has it. A mixin for fixtures on NodeTest.
+// file_client.h owns a ring client that has one file open, as an engine beside the mount has it: FileClient, a mixin for
+// fixtures on NodeTest, and FileTest, a node with such a client.
 #pragma once
 
 #include <fcntl.h>
@@ -48,4 +49,25 @@ class FileClient {
   kvfs_ring* ring_ = nullptr;
   kvfs_iov iov_{};
   int handle_ = -1;
+};
+
+class FileTest : public NodeTest, protected FileClient {
+ protected:
+  static constexpr uint32_t kIov = 4u << 20;
+  void SetUp() override {
+    NodeTest::SetUp();
+    ino_ = connect_file(node_, dir_, sock_, 64, kIov);
+    ASSERT_NE(ino_, 0u);
+  }
+  void TearDown() override {
+    kvfs_close(client_);
+    NodeTest::TearDown();
+  }
+  // The mount's side of the same file.
+  int64_t own(uint8_t op, uint64_t off = 0, void* mem = nullptr, uint32_t len = 0, uint8_t flags = 0) {
+    const kvfs_sqe s = inode_sqe(op, ino_, off, mem, len, flags);
+    return kvfs_node_call(node_, &s, 60 * kSec);
+  }
+
+  uint64_t ino_ = 0;
 };

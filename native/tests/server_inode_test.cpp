@@ -6,28 +6,13 @@
 
 namespace {
 
-constexpr uint32_t kIov = 4u << 20;
-
-class InodeTest : public NodeTest, protected FileClient {
+class InodeTest : public FileTest {
  protected:
-  void SetUp() override {
-    NodeTest::SetUp();
-    ino_ = connect_file(node_, dir_, sock_, 64, kIov);
-    ASSERT_NE(ino_, 0u);
-  }
-  void TearDown() override {
-    kvfs_close(client_);
-    NodeTest::TearDown();
-  }
   void send(uint8_t op, uint64_t off, uint32_t len, uint64_t at = 0) { start_op(op, off, len, at); }
   int64_t wait() { return end_op(10 * kSec); }
   int64_t call(uint8_t op, uint64_t off, uint32_t len, uint64_t at = 0) {
     send(op, off, len, at);
     return wait();
-  }
-  int64_t own(uint8_t op, uint64_t off, void* mem = nullptr, uint32_t len = 0, uint8_t flags = 0) {
-    const kvfs_sqe s = inode_sqe(op, ino_, off, mem, len, flags);
-    return kvfs_node_call(node_, &s, 10 * kSec);
   }
   char* mem() { return static_cast<char*>(iov_.base); }
   bool asked() {
@@ -38,8 +23,6 @@ class InodeTest : public NodeTest, protected FileClient {
     }
     return any;
   }
-
-  uint64_t ino_ = 0;
 };
 
 TEST_F(InodeTest, WriteWaitsForTheKernelsCopiesToGo) {

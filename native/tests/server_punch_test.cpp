@@ -9,25 +9,12 @@
 
 namespace {
 
-constexpr uint64_t kChunk = 64u << 10, kIov = 4u << 20;
+constexpr uint64_t kChunk = 64u << 10;
 using Text = std::vector<char>;
 
-class Punch : public NodeTest, protected FileClient {
+class Punch : public FileTest {
  protected:
-  void SetUp() override {
-    dirty_ = 16u << 20;
-    NodeTest::SetUp();
-    ino_ = connect_file(node_, dir_, sock_, 64, kIov);
-    ASSERT_NE(ino_, 0u);
-  }
-  void TearDown() override {
-    kvfs_close(client_);
-    NodeTest::TearDown();
-  }
-  int64_t own(uint8_t op, uint64_t off = 0, void* mem = nullptr, uint32_t len = 0, uint8_t flags = 0) {
-    const kvfs_sqe s = inode_sqe(op, ino_, off, mem, len, flags);
-    return kvfs_node_call(node_, &s, 60 * kSec);
-  }
+  Punch() { dirty_ = 16u << 20; }
   int64_t punch(uint64_t off, uint64_t bytes) {
     kvfs_sqe* s = kvfs_prep(ring_);
     s->opcode = KVFS_OP_PUNCH;
@@ -55,8 +42,6 @@ class Punch : public NodeTest, protected FileClient {
     }
   }
   uint64_t used_bytes() { return stats().slot_bytes; }
-
-  uint64_t ino_ = 0;
 };
 
 TEST_F(Punch, AgainstAModel) {
