@@ -225,10 +225,11 @@ def net(
     strict: Strict = False,
     json: Json = False,
 ) -> None:
-    """Measure a chunk server over loopback TCP: small and large blocks from memory, small ones from disk; and over two rails.
+    """Measure a chunk server over loopback TCP and shared memory: small and large blocks from memory, small ones from disk; and
+    over two rails.
 
-    Beside it, in turn: Mooncake Store (with --mooncake), iperf3 with messages of 1 MiB, the same store over its own ring, and
-    one rail. Rails join network namespaces and are shaped, for which root, iproute2 and util-linux are needed.
+    Beside it, in turn: Mooncake Store (with --mooncake), iperf3 (which must be installed) with messages of 1 MiB, the same store
+    over its own ring, and one rail. Rails join network namespaces and are shaped, for which root, iproute2 and util-linux are needed.
     Server, client and peers are processes of their own, started and ended here."""
     from kvfs_tools.bench.net import NetPlan, bench_net
     from kvfs_tools.bench.programs import BenchError
