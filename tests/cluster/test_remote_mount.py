@@ -101,6 +101,7 @@ def test_fio_reads_what_it_wrote(tmp_path: Path) -> None:
                 "--verify=xxhash",
             ),
             *("--do_verify=1", "--verify_fatal=1", "--ioengine=psync", "--end_fsync=1", "--randrepeat=1"),
+            cwd=tmp_path,  # where it leaves a file of its state
             seconds=100,
         )
 
