@@ -9,7 +9,6 @@ give. Some are deleted on the way. Prints one line of JSON.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -24,6 +23,7 @@ from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.native_plugin_l2_adapter import NativePluginL2AdapterConfig
 from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
 from lmcache.v1.platform import consume_fd
+from prefixes import chain
 
 SIZE = 64 << 10  # of an object
 OBJECTS = 16  # of the longest request
@@ -54,15 +54,6 @@ class Arena:
         return TensorMemoryObj(data, about, parent_allocator=None)
 
 
-def chain(rng: random.Random) -> list[bytes]:
-    """Each follows from the one before and a choice, so that requests share their beginnings."""
-    names: list[bytes] = []
-    for _ in range(rng.randrange(1, OBJECTS + 1)):
-        choice = 0 if rng.random() < 0.9 else rng.randrange(1, 3)
-        names.append(hashlib.sha256((names[-1] if names else b"") + bytes([choice])).digest())
-    return names
-
-
 def computed(name: bytes) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(name[:6], "big"))
     return torch.randint(0, 256, (SIZE,), dtype=torch.uint8, generator=generator)
@@ -84,7 +75,7 @@ def main() -> None:
     arena = Arena(TOGETHER * OBJECTS)
     report = {"loaded": 0, "missed": 0, "wrong": 0}
     for _ in range(REQUESTS // TOGETHER):
-        requests = [chain(rng) for _ in range(TOGETHER)]
+        requests = [chain(rng, OBJECTS) for _ in range(TOGETHER)]
         places = rng.sample(range(TOGETHER * OBJECTS), TOGETHER * OBJECTS)
         loads: list[tuple[int, list[bytes], list[Any]]] = []
         rests: list[tuple[list[bytes], list[Any]]] = []

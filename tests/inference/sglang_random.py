@@ -9,7 +9,6 @@ Prints "half" after half of the requests, and then waits for a line on standard 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -19,23 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefixes import chain
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engines"))
 from sglang_pool import backend_of, host_pool
 
 PAGE_SIZE = 16
 PAGES = 24  # of the longest request
-BRANCHES = 3  # that a prefix may go on with
 THREADS = 2
-
-
-def chain(rng: random.Random) -> list[str]:
-    """Keys of a request's pages; each follows from the one before and a choice, so that requests share their beginnings."""
-    keys: list[str] = []
-    for _ in range(rng.randrange(1, PAGES + 1)):
-        choice = 0 if rng.random() < 0.9 else rng.randrange(BRANCHES)
-        keys.append(hashlib.sha256(f"{keys[-1] if keys else ''}{choice}".encode()).hexdigest())
-    return keys
 
 
 def computed(key: str, like: torch.Tensor) -> torch.Tensor:
@@ -62,7 +52,7 @@ class Requests(threading.Thread):
             if number == self.count // 2:
                 self.half.wait()
                 self.half.wait()
-            keys = chain(self.rng)
+            keys = [name.hex() for name in chain(self.rng, PAGES)]
             self.rng.shuffle(self.pages)
             there = self.backend.batch_exists(keys)
             assert 0 <= there <= len(keys)
