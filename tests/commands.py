@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvfs.mount import service
+from waiting import wait_for
 
 KVFS = (sys.executable, "-m", "kvfs")
 
@@ -102,13 +102,11 @@ def kill_daemon(directory: Path) -> None:
 
 def wait_gone(pid: int, seconds: float = 30) -> None:
     """Until a process that is not this one's child has ended; a zombie that nobody collects counts as ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def gone() -> bool:
         try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except (FileNotFoundError, ProcessLookupError):
-            return
-        if state in "ZX":
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"process {pid} has not ended after {seconds} s")
+            return True
+
+    wait_for(gone, seconds, f"process {pid} has ended", pause=0.02)

@@ -17,6 +17,7 @@ from load import ALLOWED, SLACK, check, loaded
 from servers import Cluster, cluster
 
 from kvfs_usrbio import BlockStore
+from waiting import wait_for
 
 TIMEOUT = 6.0  # of a call
 
@@ -78,10 +79,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind_at_the_servers(three: Clu
         assert client.stdout.readline() == b"ready\n"
         assert sum(s.metric("kvfs_server_sessions") for s in three.servers) >= 1
         client.kill()
-    deadline = time.monotonic() + 30
-    while any(s.metric("kvfs_server_sessions") for s in three.servers) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [s.metric("kvfs_server_sessions") for s in three.servers] == [0, 0, 0]
+    wait_for(lambda: not any(s.metric("kvfs_server_sessions") for s in three.servers), 30)
     assert [s.metric("kvfs_server_buffers_used") for s in three.servers] == [0, 0, 0]
 
 

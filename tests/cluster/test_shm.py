@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from test_remote_mount import mounted
 
 from commands import kvfs
 from kvfs_usrbio import MISS, BlockStore
+from waiting import wait_for
 
 SIZES = (1, 4096, 65537, 1 << 20, 16 << 20)
 LIMIT = 30
@@ -37,13 +38,6 @@ def near(sockets: Path) -> Iterator[Cluster]:
     """Two servers that listen on shm:// too."""
     with cluster(2, shm=True) as made:
         yield made
-
-
-def until(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + LIMIT
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return true()
 
 
 def copied(made: Cluster) -> float:
@@ -71,7 +65,7 @@ def through_memory(made: Cluster, store: BlockStore) -> bool:
 
 def test_values_of_all_sizes_go_through_memory_and_come_back(near: Cluster) -> None:
     with BlockStore.open(near.url("cache"), token=near.token("cache:rw")) as store:
-        assert until(lambda: through_memory(near, store))
+        wait_for(lambda: through_memory(near, store), LIMIT)
         keys = [os.urandom(32) for _ in SIZES]
         values = [os.urandom(size) for size in SIZES]
         before = copied(near)
@@ -89,7 +83,7 @@ def test_values_of_all_sizes_go_through_memory_and_come_back(near: Cluster) -> N
 
 def test_who_has_no_right_to_something_has_none_through_memory(near: Cluster) -> None:
     with BlockStore.open(near.url("cache"), token=near.token("cache:rw")) as store:
-        assert until(lambda: through_memory(near, store))
+        wait_for(lambda: through_memory(near, store), LIMIT)
         key = os.urandom(32)
         assert store.put([key], [b"x" * 5000]) == [1]
         with BlockStore.open(near.url("cache"), token=near.token("cache:ro")) as reader:
@@ -100,7 +94,7 @@ def test_who_has_no_right_to_something_has_none_through_memory(near: Cluster) ->
 
 def test_a_server_that_is_killed_comes_back_and_so_does_its_shared_memory(near: Cluster, sockets: Path) -> None:
     with BlockStore.open(near.url("kept"), token=near.token("kept:rw")) as store:
-        assert until(lambda: through_memory(near, store))
+        wait_for(lambda: through_memory(near, store), LIMIT)
         values = write(store)
         for server in near.servers:
             server.kill()
@@ -108,13 +102,13 @@ def test_a_server_that_is_killed_comes_back_and_so_does_its_shared_memory(near: 
         for server in near.servers:
             server.start()
         read(store, values)
-        assert until(lambda: through_memory(near, store))
+        wait_for(lambda: through_memory(near, store), LIMIT)
         read(store, values)
 
 
 def test_without_its_socket_a_server_is_reached_over_tcp(near: Cluster, sockets: Path) -> None:
     with BlockStore.open(near.url("kept"), token=near.token("kept:rw")) as before:
-        assert until(lambda: through_memory(near, before))
+        wait_for(lambda: through_memory(near, before), LIMIT)
         values = write(before)
         for path in sockets.iterdir():
             path.unlink()
@@ -156,7 +150,7 @@ def test_a_mount_works_through_memory(near: Cluster, tmp_path: Path) -> None:
         def rails() -> list[dict[str, object]]:
             return json.loads(kvfs("status", "--dir", directory, "--json"))["rails"]
 
-        assert until(lambda: sum(r["transport"] == 3 and bool(r["up"]) for r in rails()) == 2), rails()
+        wait_for(lambda: sum(r["transport"] == 3 and bool(r["up"]) for r in rails()) == 2, LIMIT, "both are up")
         (point / "file").write_bytes(content)
         os.sync()
         assert (point / "file").read_bytes() == content

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from commands import kill_daemon, kvfs, running
 from kvfs_usrbio.connectors.lossy import Keys, LossyStore
 from kvfs_usrbio.connectors.values import Values
+from waiting import wait_for
 
 KEYS = Keys({"test": "lossy"})
 SIZE = 1 << 20
@@ -42,13 +42,6 @@ def shared_memory(size: int) -> mmap.mmap:
         os.close(fd)
 
 
-def up(store: LossyStore) -> bool:
-    deadline = time.monotonic() + 30
-    while not store.up and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return store.up
-
-
 def test_nothing_is_found_until_there_is_a_kvfs(place: Path) -> None:
     store = LossyStore(place, "test/lossy")
     key = KEYS.of(b"a")
@@ -60,7 +53,7 @@ def test_nothing_is_found_until_there_is_a_kvfs(place: Path) -> None:
     assert store.match_prefix([key]) == 0
     assert store.get([key], [memory])[0] < 0
     with running(place, "--size", "64M"):
-        assert up(store)
+        wait_for(lambda: store.up, 30)
         assert store.put([key], [memory]) == [1]
         assert store.exists([key]) == [SIZE]
     store.close()
@@ -80,7 +73,7 @@ def test_a_killed_kvfs_is_missed_and_found_again(place: Path) -> None:
         assert store.match_prefix(keys) == 0
         assert store.lost == 1
         kvfs("up", "--dir", place, "--detach")
-        assert up(store)
+        wait_for(lambda: store.up, 30)
         assert store.match_prefix(keys) == 1
         assert store.get(keys[:1], [memoryview(memory)[SIZE:]]) == [SIZE]
         assert memory[SIZE:] == value
@@ -132,7 +125,7 @@ def test_a_kvfs_that_hangs_answers_no_question(place: Path) -> None:
             assert store.match_prefix([key]) == 0
         finally:
             os.kill(pid, signal.SIGCONT)
-        assert up(store)
+        wait_for(lambda: store.up, 30)
         assert store.exists([key]) == [5]
         store.close()
 

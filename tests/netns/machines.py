@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from cluster.servers import Cluster, Server, cluster_of
 from commands import KVFS
 from kvfs.mount import service
 from kvfs_tools.hosts import Cable, Host, network
+from kvfs_usrbio import BlockStore
+from waiting import wait_for
 
 ENDED_WITH_US = ("setpriv", "--pdeathsig", "TERM")  # also when the tests are killed
 START_S = 30.0
@@ -55,6 +56,15 @@ class Site:
     servers: list[Host]
     cables: list[list[Cable]] = field(repr=False)  # of each server; its end is a, the client's b
     cluster: Cluster
+
+    @contextmanager
+    def opened(self, name: str, timeout: float) -> Generator[BlockStore]:
+        """From the client's host; `timeout` of a call."""
+        with self.client.entered():
+            token = self.cluster.token(f"{name}:rw")
+            store = BlockStore.open(self.cluster.url(name), token=token, timeout=timeout)
+        with store:
+            yield store
 
     @contextmanager
     def mounted(self, directory: Path, token: Path, **settings: str) -> Generator[Path]:
@@ -123,10 +133,3 @@ def lossy(host: Host, percent: int) -> Generator[None]:
     """Of what arrives at the host and what leaves it, this share is lost."""
     with host.filtered(f"numgen random mod 100 < {percent} drop"):
         yield
-
-
-def wait_for(what: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)

@@ -10,29 +10,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from machines import Site, lossy, wait_for
+from machines import Site, lossy
 
 from cluster.load import ALLOWED, SLACK, Load, check, loaded
 from kvfs_usrbio import BlockStore
+from waiting import wait_for
 
 TIMEOUT = 2.0  # of a call
 BACK_S = 20.0  # a busy machine's; connecting is tried again after 2 s at most
 SIZES = (4096, 8192, 8192, 70_000, 1 << 20)
 PAUSE = 0.03  # so that the servers, which the tests share, have room
-
-
-@contextmanager
-def opened(site: Site, name: str = "kept", timeout: float = TIMEOUT) -> Generator[BlockStore]:
-    """From the client's host."""
-    with site.client.entered():
-        store = BlockStore.open(site.cluster.url(name), token=site.cluster.token(f"{name}:rw"), timeout=timeout)
-    with store:
-        yield store
 
 
 def check_and_evict(store: BlockStore, *loads: Load) -> None:
@@ -47,26 +39,14 @@ def works(store: BlockStore) -> bool:
     return store.put([os.urandom(32) for _ in range(40)], [b"x"] * 40) == [1] * 40
 
 
-@contextmanager
-def unplugged(site: Site) -> Generator[None]:
-    """The first server's end of its cable is down: routes to it end."""
-    end = site.cables[0][0].a
-    end.link("down")
-    try:
-        yield
-    finally:
-        end.link("up")
+def unplugged(site: Site) -> AbstractContextManager[None]:
+    """The first server's end of its cable."""
+    return site.cables[0][0].a.unplugged()
 
 
-@contextmanager
-def unplugged_here(site: Site) -> Generator[None]:
+def unplugged_here(site: Site) -> AbstractContextManager[None]:
     """The client's end."""
-    end = site.cables[0][0].b
-    end.link("down")
-    try:
-        yield
-    finally:
-        end.link("up")
+    return site.cables[0][0].b.unplugged()
 
 
 def silent(site: Site) -> AbstractContextManager[None]:
@@ -84,7 +64,7 @@ def test_a_cut_longer_than_the_deadline_costs_the_deadline_and_heals(
     apart: Site, cut: Callable[[Site], AbstractContextManager[None]]
 ) -> None:
     server = apart.cluster.servers[0]
-    with opened(apart) as store:
+    with apart.opened("kept", TIMEOUT) as store:
         wait_for(lambda: works(store), BACK_S)
         with loaded(store, SIZES, PAUSE) as load:
             time.sleep(0.3)
@@ -103,7 +83,7 @@ def test_a_cut_longer_than_the_deadline_costs_the_deadline_and_heals(
 
 
 def test_a_cut_shorter_than_the_deadline_fails_nothing(apart: Site) -> None:
-    with opened(apart, timeout=6.0) as store:
+    with apart.opened("kept", 6.0) as store:
         with loaded(store, SIZES, PAUSE) as load:
             time.sleep(0.3)
             with silent(apart):
@@ -115,7 +95,7 @@ def test_a_cut_shorter_than_the_deadline_fails_nothing(apart: Site) -> None:
 
 
 def test_lost_packets_change_no_result(apart: Site) -> None:
-    with opened(apart, timeout=30.0) as store, lossy(apart.client, 3):
+    with apart.opened("kept", 30.0) as store, lossy(apart.client, 3):
         with loaded(store, SIZES, PAUSE) as load, loaded(store, pause=PAUSE) as other:
             wait_for(lambda: len(load.acknowledged) >= 12 * len(SIZES), 60.0)
         assert load.errors | other.errors == set()
@@ -131,7 +111,7 @@ def test_a_client_that_is_killed_while_nothing_gets_through_leaves_the_others_al
     )
     line = [sys.executable, "-c", code, apart.cluster.url("cache"), str(apart.cluster.token("cache:rw"))]
     with (
-        opened(apart) as store,
+        apart.opened("kept", TIMEOUT) as store,
         subprocess.Popen(apart.client.command(*line), stdout=subprocess.PIPE) as client,
     ):
         try:

@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from machines import wait_for
-
 from kvfs_tools.hosts import network
+from waiting import wait_for
 
 
 def in_namespaces(wanted: set[str]) -> list[int]:

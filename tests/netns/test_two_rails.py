@@ -11,24 +11,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from machines import Site, wait_for
+from machines import Site
 
 from kvfs_tools.bench.measure import Listener
 from kvfs_tools.bench.rails import two_rails
-from kvfs_tools.hosts import Cable
+from kvfs_tools.hosts import Cable, End
 from kvfs_usrbio import MISS, BlockStore
+from waiting import wait_for
 
 TIMEOUT = 6.0  # of a call; a rail that is silent is waited for a fourth of it
 BACK_S = 20.0
 SIZES = (4096, 4097, 65536, 65537, 300_000, 1 << 20)
-
-
-@contextmanager
-def opened(site: Site) -> Generator[BlockStore]:
-    with site.client.entered():
-        store = BlockStore.open(site.cluster.url("cache"), token=site.cluster.token("cache:rw"), timeout=TIMEOUT)
-    with store:
-        yield store
 
 
 class Work(threading.Thread):
@@ -98,33 +91,13 @@ def in_use(cable: Cable) -> bool:
     return carried(cable) - before > 64 << 10
 
 
-@contextmanager
-def unplugged(cable: Cable) -> Generator[None]:
-    cable.a.link("down")
-    try:
-        yield
-    finally:
-        cable.a.link("up")
-
-
-@contextmanager
-def unplugged_here(cable: Cable) -> Generator[None]:
-    cable.b.link("down")
-    try:
-        yield
-    finally:
-        cable.b.link("up")
-
-
-def silent(cable: Cable) -> AbstractContextManager[None]:
-    return cable.b.silent()
-
-
 @pytest.mark.parametrize(
-    ("number", "cut"), [(0, unplugged), (1, unplugged_here), (1, silent)], ids=["first", "second", "second-silent"]
+    ("number", "at_server", "cut"),
+    [(0, True, End.unplugged), (1, False, End.unplugged), (1, False, End.silent)],
+    ids=["first", "second", "second-silent"],
 )
 def test_a_rail_that_is_pulled_costs_no_operation_and_is_used_again(
-    railed: Site, number: int, cut: Callable[[Cable], AbstractContextManager[None]]
+    railed: Site, number: int, at_server: bool, cut: Callable[[End], AbstractContextManager[None]]
 ) -> None:
     server = railed.cluster.servers[0]
     pulled, other = railed.cables[0][number], railed.cables[0][1 - number]
@@ -135,11 +108,11 @@ def test_a_rail_that_is_pulled_costs_no_operation_and_is_used_again(
             "kvfs_server_sessions_opened_total"
         )
 
-    with opened(railed) as store:
+    with railed.opened("cache", TIMEOUT) as store:
         before = done()
         with working(store) as works:
             wait_for(lambda: in_use(pulled) and in_use(other), BACK_S)
-            with cut(pulled):
+            with cut(pulled.a if at_server else pulled.b):
                 time.sleep(TIMEOUT / 4)
                 go_on(works)
                 assert not in_use(pulled)
@@ -153,12 +126,12 @@ def test_a_rail_that_is_pulled_costs_no_operation_and_is_used_again(
 def test_both_rails_pulled_one_after_the_other_leave_the_session(railed: Site) -> None:
     server = railed.cluster.servers[0]
     first, second = railed.cables[0]
-    with opened(railed) as store:
+    with railed.opened("cache", TIMEOUT) as store:
         sessions = server.metric("kvfs_server_sessions_opened_total")
         with working(store) as works:
             go_on(works)
-            with unplugged(first):
-                with unplugged(second):
+            with first.a.unplugged():
+                with second.a.unplugged():
                     time.sleep(0.5)
                 wait_for(lambda: in_use(second), BACK_S)
             wait_for(lambda: in_use(first), BACK_S)
@@ -168,7 +141,7 @@ def test_both_rails_pulled_one_after_the_other_leave_the_session(railed: Site) -
 
 def test_equal_rails_carry_about_the_same(railed: Site) -> None:
     count = 16
-    with opened(railed) as store:
+    with railed.opened("cache", TIMEOUT) as store:
         keys = [os.urandom(32) for _ in range(count)]
         buffer = store.alloc(count << 20)
         buffer.view[:] = os.urandom(len(buffer))

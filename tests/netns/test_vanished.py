@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from machines import Vanished, wait_for
+from machines import Vanished
+
+from waiting import wait_for
 
 NOTICED_S = 90.0
 

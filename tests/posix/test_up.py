@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from commands import attempt_kvfs, kill_daemon
 from kvfs.mount import service
 from kvfs_usrbio import File
+from waiting import wait_for
 
 
 def kvfs(*args: str, data: bytes | None = None, code: int = 0) -> bytes:
@@ -115,9 +115,7 @@ def test_ends_when_someone_else_unmounts(directory: Path, native: str) -> None:
         env=environment,
     )
     try:
-        deadline = time.monotonic() + 30
-        while not service.is_mounted(directory / "mnt") and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: service.is_mounted(directory / "mnt"), 30)
         file = directory / "mnt/file"
         file.write_bytes(data)
         kvfs("put", *where, "me/cache", "0a", "-", data=data)

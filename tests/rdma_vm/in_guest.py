@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from kvfs.cluster.map import Class
 from kvfs.mount import service
 from kvfs.node import RailStats
 from kvfs_usrbio import MISS, BlockStore
+from waiting import wait_for
 
 ADDRESSES = ("10.90.0.3", "10.90.0.4")
 SIZES = (4096, 16384, 16385, 65536, (1 << 20) + 1, 5 << 20, 16 << 20)
@@ -98,13 +98,6 @@ def rails(directory: Path, device: str) -> list[RailStats]:
     return found
 
 
-def wait_for(what: str, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WAIT_S:.0f} s: {what}"
-        time.sleep(0.2)
-
-
 class Work(threading.Thread):
     """Does it again and again until told to end."""
 
@@ -125,7 +118,7 @@ class Work(threading.Thread):
 
     def wait_for_more(self, count: int) -> None:
         until = self.done + count
-        wait_for("operations go on", lambda: self.failure is not None or self.done >= until)
+        wait_for(lambda: self.failure is not None or self.done >= until, WAIT_S, "operations go on")
         if self.failure is not None:
             raise self.failure
 
@@ -201,7 +194,7 @@ def test_files_are_there_after_a_new_mount_and_went_over_both_ports(one: Cluster
             assert filecmp.cmpfiles(tree, point, names, shallow=False) == (names, [], [])
             return all(rail.bytes_in > 0 for device in ("rxe0", "rxe1") for rail in rails(directory, device))
 
-        wait_for("every rail has carried something", all_rails_carry)
+        wait_for(all_rails_carry, WAIT_S, "every rail has carried something")
         seen = json.loads(kvfs("status", "--dir", directory, "--json"))["rails"]
         fast = [rail for rail in seen if rail["transport"] == 2]
         assert len(fast) == 4, seen
@@ -228,19 +221,19 @@ def test_a_cable_that_is_pulled_costs_its_rails_and_nothing_else(one: Cluster, t
 
     with mounted(one, "work", directory) as point, working(round_trip) as work:
         work.wait_for_more(3)
-        wait_for("all rails are up", lambda: all(r.up for d in ("rxe0", "rxe1") for r in rails(directory, d)))
+        wait_for(lambda: all(r.up for d in ("rxe0", "rxe1") for r in rails(directory, d)), WAIT_S, "all rails are up")
         try:
             run("ip", "-n", "fabric", "link", "set", "port1", "down")
-            wait_for("rails are down", lambda: not any(r.up for r in rails(directory, "rxe1")))
+            wait_for(lambda: not any(r.up for r in rails(directory, "rxe1")), WAIT_S, "rails are down")
             others = traffic("rxe0")
             work.wait_for_more(5)
             assert traffic("rxe0") > others
             assert all(rail.up for rail in rails(directory, "rxe0"))
         finally:
             run("ip", "-n", "fabric", "link", "set", "port1", "up")
-        wait_for("rails are up again", lambda: all(r.up for r in rails(directory, "rxe1")))
+        wait_for(lambda: all(r.up for r in rails(directory, "rxe1")), WAIT_S, "rails are up again")
         before = traffic("rxe1")
-        wait_for("rails are used again", lambda: traffic("rxe1") > before)
+        wait_for(lambda: traffic("rxe1") > before, WAIT_S, "rails are used again")
         work.wait_for_more(1)
 
 

@@ -24,6 +24,7 @@ from kvfs_usrbio.connectors.keys import PART_MAX, Keyring, fingerprint, parts_of
 from kvfs_usrbio.connectors.link import Link
 from kvfs_usrbio.connectors.transfer import Load, Loader, Pages, Saver, Staging, Transfers
 from kvfs_usrbio.connectors.vllm.planner import Plan, Planner, Remembered
+from waiting import freeze, wait_for
 
 BLOCK = 16
 FACTS = fingerprint({"model": "one"})
@@ -368,15 +369,6 @@ def test_a_value_of_another_length_is_of_no_use(directory: Path) -> None:
     loader.close()
 
 
-def wait_stopped(pid: int) -> None:
-    """Until all its threads have noticed the signal."""
-    deadline = time.monotonic() + 20
-    tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it goes on, what it had not yet answered changes nothing in the pages."""
     monkeypatch.setattr(transfer, "TIMEOUT", 0.5)
@@ -389,9 +381,8 @@ def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypa
     assert saver.save([0], key).dropped == []
     assert saver.drain(10)
     pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
-    os.kill(pid, signal.SIGSTOP)
     try:
-        wait_stopped(pid)
+        freeze(pid)
         assert load(loader, [b"key 0"], [1]).failed == {0}
         assert loader.link.lost == 1
         assert saver.save([0], lambda i: [b"another"]).dropped == []
@@ -399,10 +390,7 @@ def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypa
         assert saver.link.lost == 1
     finally:
         os.kill(pid, signal.SIGCONT)
-    deadline = time.monotonic() + 30
-    while load(loader, [b"key 0"], [2]).failed:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not load(loader, [b"key 0"], [2]).failed, 30)
     assert loader.link.current() is not first
     assert memory.block(2) == memory.block(0)
     assert memory.block(1) == Memory().block(1)
@@ -445,10 +433,7 @@ def test_a_link_comes_back_and_holds_nobody_up() -> None:
     assert link.current() is None
     assert len(tries) == 1  # one attempt at a time
     may.set()
-    deadline = time.monotonic() + 20
-    while link.current() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: link.current() is not None, 20)
     assert len(tries) == 3
 
 

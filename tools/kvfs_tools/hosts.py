@@ -148,6 +148,15 @@ class End:
         """up or down."""
         self.host.run("ip", "link", "set", self.device, state)
 
+    @contextlib.contextmanager
+    def unplugged(self) -> Generator[None]:
+        """The link is down, which both sides see: routes through it end."""
+        self.link("down")
+        try:
+            yield
+        finally:
+            self.link("up")
+
     def shape(self, mbits: int) -> None:
         """No more than this leaves here, to a thousandth over 10 ms; what is more waits, for 50 ms at most."""
         burst = max(mbits * 1_000_000 // 8 // 100, 128 << 10)  # a packet of 64 KiB must fit
