@@ -8,7 +8,6 @@ import mmap
 import os
 import select
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -17,22 +16,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import trio
-from test_blockstore import DAEMON, Daemon, end, python
+from node_process import Daemon
 
 from kvfs_usrbio import MISS, BlockStore, ForkError, Operation
+from waiting import freeze
 
 pytestmark = pytest.mark.timeout(60)
 MIB = 1 << 20
 Run = Callable[[Callable[[], Awaitable[None]]], None]
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    process = python(DAEMON, tmp_path)
-    try:
-        yield Daemon(tmp_path, process)
-    finally:
-        end(process)
 
 
 @pytest.fixture
@@ -59,14 +50,6 @@ class OnlyInterface:
     def __init__(self, array: Any) -> None:
         self.array = array
         self.__array_interface__ = array.__array_interface__
-
-
-def freeze(daemon: Daemon) -> None:
-    """Stops all its threads, and returns once they have."""
-    daemon.process.send_signal(signal.SIGSTOP)
-    for task in Path(f"/proc/{daemon.process.pid}/task").iterdir():
-        while (task / "stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
 
 
 def fill(memory: Any) -> bytes:
@@ -378,7 +361,7 @@ def test_awaiting_a_daemon_that_dies(store: BlockStore, daemon: Daemon, run: Run
 
     async def main() -> None:
         assert await store.aexists([b"v"]) == [16 * MIB]
-        freeze(daemon)
+        freeze(daemon.process.pid)
         threading_kill = daemon.process.kill
         if run is on_asyncio:
             asyncio.get_running_loop().call_later(0.2, threading_kill)
@@ -401,7 +384,7 @@ def test_awaiting_a_daemon_that_hangs(daemon: Daemon, run: Run) -> None:
 
         async def main() -> None:
             assert await store.aexists([b"v"]) == [MISS]
-            freeze(daemon)
+            freeze(daemon.process.pid)
             try:
                 with pytest.raises(OSError, match="in time"):
                     await store.aexists([b"v"])
@@ -451,7 +434,7 @@ def test_submit_and_poll(store: BlockStore) -> None:
 
 def test_a_queue_says_when_it_is_full(store: BlockStore, daemon: Daemon) -> None:
     queue = store.queue()
-    freeze(daemon)
+    freeze(daemon.process.pid)
     try:
         for _ in range(4096):
             store.submit_exists(queue, [b"k"])
@@ -469,7 +452,7 @@ def test_a_queue_says_when_it_is_full(store: BlockStore, daemon: Daemon) -> None
 
 def test_a_queue_after_the_daemons_death(store: BlockStore, daemon: Daemon) -> None:
     queue = store.queue()
-    freeze(daemon)
+    freeze(daemon.process.pid)
     one = store.submit_exists(queue, [b"k"])
     assert queue.arm()
     daemon.process.kill()
