@@ -432,6 +432,30 @@ def test_submit_and_poll(store: BlockStore) -> None:
     assert queue.pending == 0
 
 
+def test_values_are_read_into_places_of_a_shared_buffer(store: BlockStore) -> None:
+    queue = store.queue()
+    source, dest = store.alloc(MIB), store.alloc(MIB)
+    data = fill(source.view)
+    keys = [b"%d" % i for i in range(64)]
+    assert store.put_from(keys, source, 8192) == [1] * 64
+    whole = store.submit_get_into(queue, keys, dest, 8192)
+    assert queue.wait(20) == [whole]
+    assert whole.result() == [8192] * 64
+    assert bytes(dest.view[: 64 * 8192]) == data[: 64 * 8192]
+    dest.view[:] = bytes(MIB)
+    parts = store.submit_get_into(queue, [*keys, b"no"], dest, 10_000, offset=100, length=5000)
+    assert queue.wait(20) == [parts]
+    assert parts.result() == [5000] * 64 + [MISS]
+    expected = bytearray(MIB)
+    for i in range(64):
+        at = 100 + i * 10_000
+        expected[at : at + 5000] = data[i * 8192 : i * 8192 + 5000]
+    assert dest.view == expected
+    with pytest.raises(ValueError, match="exceed the buffer"):
+        store.submit_get_into(queue, keys, dest, 8192, offset=MIB // 2 + 1)
+    assert queue.pending == 0
+
+
 def test_a_queue_says_when_it_is_full(store: BlockStore, daemon: Daemon) -> None:
     queue = store.queue()
     freeze(daemon.process.pid)
