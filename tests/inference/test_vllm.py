@@ -2,72 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import pytest
+from vllm_process import BLOCK, PROMPTS, WHOLE, cached, engine, prompt, tokens
 
 from commands import kill_daemon, kvfs
-from environments import Environment, environment
+from environments import Environment
 from kvfs_usrbio import BlockStore
 
-HERE = Path(__file__).parent
 NAMESPACE = "test/vllm"
-BLOCK = 128  # tokens, vLLM's default on the CPU
-PROMPT = 1000
-WHOLE = PROMPT // BLOCK * BLOCK
-TOKENS = 6
 
 pytestmark = pytest.mark.timeout(900)
-
-
-class Output(msgspec.Struct):
-    tokens: list[int]
-    cached: int
-
-
-class Answer(msgspec.Struct):
-    """What vllm_engine.py says."""
-
-    ready: bool = False
-    outputs: list[Output | None] = msgspec.field(default_factory=list[Output | None])
-    seconds: float = 0
-
-
-class Engine:
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self._process = process
-        self._log = log
-
-    def answer(self) -> Answer:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, self._log.read_text(errors="replace")[-6000:]
-        return msgspec.json.decode(line, type=Answer)
-
-    def order(self, prompts: Sequence[list[int]], *, together: bool = False, abort: Sequence[int] = ()) -> None:
-        assert self._process.stdin is not None
-        order = {"prompts": list(prompts), "tokens": TOKENS, "together": together, "abort": list(abort)}
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def generate(
-        self, prompts: Sequence[list[int]], *, together: bool = False, abort: Sequence[int] = ()
-    ) -> list[Output]:
-        """Of those that were not aborted."""
-        self.order(prompts, together=together, abort=abort)
-        return [output for output in self.answer().outputs if output is not None]
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
 
 
 def connector(directory: Path) -> dict[str, object]:
@@ -100,71 +49,6 @@ def tier(directory: Path) -> dict[str, object]:
     }
 
 
-@contextmanager
-def engine(
-    vllm: Environment,
-    model: Path,
-    log: Path,
-    directory: Path | None,
-    how: Callable[[Path], dict[str, object]] = connector,
-    **options: object,
-) -> Generator[Engine]:
-    """One with kvfs, or, without a directory, one that computes everything. It is ended in an orderly way."""
-    if directory is not None:
-        options["kv_transfer_config"] = how(directory)
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [vllm.python, HERE / "vllm_engine.py", model, json.dumps(options)],
-            env=vllm.variables({"PYTHONPATH": str(HERE)}),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-    try:
-        made = Engine(process, log)
-        assert made.answer().ready
-        yield made
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(60) == 0, made.log[-6000:]
-    finally:
-        process.kill()
-        process.wait(30)
-
-
-@pytest.fixture(scope="session")
-def vllm() -> Environment:
-    return environment("vllm")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model") / "tiny"
-
-
-def prompt(seed: int, length: int = PROMPT) -> list[int]:
-    source = random.Random(seed)
-    return [source.randrange(2, 1000) for _ in range(length)]
-
-
-PROMPTS = [prompt(seed) for seed in range(6)]
-
-
-@pytest.fixture(scope="session")
-def alone(vllm: Environment, model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """What an engine without kvfs says after each of PROMPTS."""
-    with engine(vllm, model, tmp_path_factory.mktemp("alone") / "log", None) as one:
-        return tokens(one.generate(PROMPTS))
-
-
-def tokens(outputs: Sequence[Output]) -> list[list[int]]:
-    return [output.tokens for output in outputs]
-
-
-def cached(outputs: Sequence[Output]) -> list[int]:
-    return [output.cached for output in outputs]
-
-
 def wait_for_blocks(directory: Path, count: int) -> list[tuple[bytes, int]]:
     """Stores run beside the engine. (key, bytes) of each block once there are so many."""
     deadline = time.monotonic() + 30
@@ -181,7 +65,7 @@ def test_cold_warm_restarted_and_shared(
     vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
 ) -> None:
     """A second engine, and one after a restart, load what the first has stored; two of them at work at once as well."""
-    with engine(vllm, model, tmp_path / "first", directory) as first:
+    with engine(vllm, model, tmp_path / "first", connector(directory)) as first:
         cold = first.generate(PROMPTS[:3])
         assert tokens(cold) == alone[:3]
         assert cached(cold) == [0, 0, 0]
@@ -189,14 +73,14 @@ def test_cold_warm_restarted_and_shared(
         warm = first.generate(PROMPTS[:3])
         assert tokens(warm) == alone[:3]
         assert cached(warm) == [WHOLE] * 3
-        with engine(vllm, model, tmp_path / "second", directory) as second:
+        with engine(vllm, model, tmp_path / "second", connector(directory)) as second:
             assert cached(other := second.generate(PROMPTS[:3])) == [WHOLE] * 3
             assert tokens(other) == alone[:3]
             for one in (first, second):
                 one.order(PROMPTS, together=True)
             for one in (first, second):
                 assert [output.tokens for output in one.answer().outputs if output is not None] == alone
-    with engine(vllm, model, tmp_path / "third", directory) as third:
+    with engine(vllm, model, tmp_path / "third", connector(directory)) as third:
         restarted = third.generate(PROMPTS)
         assert tokens(restarted) == alone
         assert cached(restarted) == [WHOLE] * 6
@@ -206,7 +90,7 @@ def test_kvfs_killed_and_restarted(
     vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
 ) -> None:
     """In the middle of requests, which end as if nothing had happened; some seconds after its return kvfs is used again."""
-    with engine(vllm, model, tmp_path / "log", directory) as one:
+    with engine(vllm, model, tmp_path / "log", connector(directory)) as one:
         assert tokens(one.generate(PROMPTS[:2])) == alone[:2]
         one.order(PROMPTS, together=True)
         time.sleep(0.2)
@@ -228,7 +112,7 @@ def test_damaged_block_on_disk(
     vllm: Environment, model: Path, alone: list[list[int]], directory: Path, tmp_path: Path
 ) -> None:
     """It is computed again and stored again; the blocks before it are loaded."""
-    with engine(vllm, model, tmp_path / "before", directory) as one:
+    with engine(vllm, model, tmp_path / "before", connector(directory)) as one:
         assert tokens(one.generate(PROMPTS[:1])) == alone[:1]
         blocks = wait_for_blocks(directory, WHOLE // BLOCK)
     with BlockStore.open(directory, NAMESPACE) as store:
@@ -244,7 +128,7 @@ def test_damaged_block_on_disk(
         file.write(os.urandom(1000))
     del data
     kvfs("up", "--dir", directory, "--memory", "0", "--detach")
-    with engine(vllm, model, tmp_path / "after", directory) as one:
+    with engine(vllm, model, tmp_path / "after", connector(directory)) as one:
         again = one.generate(PROMPTS[:1])
         assert tokens(again) == alone[:1]
         assert "Recovered from KV load failure" in one.log
@@ -259,7 +143,7 @@ def test_other_values_say_something_else(
 ) -> None:
     """With values that kvfs holds to be whole but that are none of the engine's, the output changes: it is what is loaded that
     decides, and the other tests could fail."""
-    with engine(vllm, model, tmp_path / "log", directory) as one:
+    with engine(vllm, model, tmp_path / "log", connector(directory)) as one:
         assert tokens(one.generate(PROMPTS[:1])) == alone[:1]
         with BlockStore.open(directory, NAMESPACE) as store:
             for key, length in wait_for_blocks(directory, WHOLE // BLOCK):
@@ -276,7 +160,7 @@ def test_full_and_evicting(
     """Others fill the store again and again meanwhile, so that the engine's blocks are evicted."""
     evicted = False
     with (
-        engine(vllm, model, tmp_path / "log", directory) as one,
+        engine(vllm, model, tmp_path / "log", connector(directory)) as one,
         BlockStore.open(directory, "test/others") as others,
     ):
         filling = os.urandom(1 << 20)
@@ -308,7 +192,7 @@ def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, di
             vllm,
             model,
             tmp_path / f"log{attempt}",
-            directory,
+            connector(directory),
             max_num_batched_tokens=512,
             enable_prefix_caching=True,
             num_gpu_blocks_override=34,
@@ -329,10 +213,10 @@ def test_secondary_tier(
     """kvfs below vLLM's own OffloadingConnector: loaded after a restart; with a value of no use, which must not be looked for
     again and again; with kvfs killed; and with other values the output changes."""
     count = len(PROMPTS) * (WHOLE // BLOCK)
-    with engine(vllm, model, tmp_path / "first", directory, tier) as one:
+    with engine(vllm, model, tmp_path / "first", tier(directory)) as one:
         assert tokens(one.generate(PROMPTS)) == alone
         blocks = wait_for_blocks(directory, count)
-    with engine(vllm, model, tmp_path / "second", directory, tier) as one:
+    with engine(vllm, model, tmp_path / "second", tier(directory)) as one:
         restarted = one.generate(PROMPTS)
         assert tokens(restarted) == alone
         assert cached(restarted) == [WHOLE] * len(PROMPTS)
@@ -340,7 +224,7 @@ def test_secondary_tier(
         for key, _ in blocks[::3]:
             assert store.evict([key]) == [0]
             assert store.put([key], [b"too short"]) == [1]
-    with engine(vllm, model, tmp_path / "third", directory, tier) as one:
+    with engine(vllm, model, tmp_path / "third", tier(directory)) as one:
         damaged = one.generate(PROMPTS)
         assert tokens(damaged) == alone
         assert sum(cached(damaged)) < WHOLE * len(PROMPTS)
@@ -351,7 +235,7 @@ def test_secondary_tier(
         for key, length in [(entry.key, entry.length) for entry in store.scan()]:
             assert store.evict([key]) == [0]
             assert store.put([key], [bytes(length)]) == [1]
-    with engine(vllm, model, tmp_path / "fourth", directory, tier) as one:
+    with engine(vllm, model, tmp_path / "fourth", tier(directory)) as one:
         spoilt = one.generate(PROMPTS)
         assert max(cached(spoilt)) > 0
         assert tokens(spoilt) != alone

@@ -60,6 +60,19 @@ def make_model(directory: Path, shape: str = "tiny") -> None:
     made.rename(directory)
 
 
+def mend_dispatcher() -> None:
+    """vLLM 0.32 looks through the variables of every module that is loaded, and of numba's, which LMCache loads, one has none."""
+    import builtins
+
+    import vllm.triton_utils.dispatcher as dispatcher
+
+    def variables(what: Any) -> dict[str, Any]:
+        found = builtins.vars(what)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = variables
+
+
 def generate(llm: Any, order: dict[str, Any]) -> list[dict[str, Any] | None]:
     from vllm import SamplingParams
 
@@ -95,6 +108,7 @@ def main() -> None:
     if not model.exists():
         make_model(model, options.pop("shape", "tiny"))
     options.pop("shape", None)
+    mend_dispatcher()
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
