@@ -6,15 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from lmcache_server import in_vllm, kvfs_level, server
 from vllm_process import PROMPT, PROMPTS, cached, engine, tokens
 
 from commands import kill_daemon, kvfs
 from environments import Environment
+from kvfs_tools.bench.lmcache_server import CHUNK, kvfs_level, server, transfer
 from kvfs_usrbio import BlockStore
 from kvfs_usrbio.connectors.lmcache_l2 import NAMESPACE
 
-CHUNK = 256  # tokens of one object, LMCache's default
 WHOLE = PROMPT // CHUNK * CHUNK
 OBJECTS = len(PROMPTS) * (WHOLE // CHUNK)
 
@@ -41,16 +40,16 @@ def test_server_and_engine_restarted(
     only, and other values under the same keys change the output."""
     level = kvfs_level(directory)
     with (
-        server(vllm, tmp_path / "server1", level) as port,
-        engine(vllm, model, tmp_path / "engine1", in_vllm(port)) as one,
+        server(vllm.python, tmp_path / "server1", level, environ=vllm.variables({})) as port,
+        engine(vllm, model, tmp_path / "engine1", transfer(port)) as one,
     ):
         cold = one.generate(PROMPTS)
         assert tokens(cold) == alone
         assert cached(cold) == [0] * len(PROMPTS)
         wait_for_objects(directory, OBJECTS)
     with (
-        server(vllm, tmp_path / "server2", level) as port,
-        engine(vllm, model, tmp_path / "engine2", in_vllm(port)) as one,
+        server(vllm.python, tmp_path / "server2", level, environ=vllm.variables({})) as port,
+        engine(vllm, model, tmp_path / "engine2", transfer(port)) as one,
     ):
         half = len(PROMPTS) // 2
         found = one.generate(PROMPTS[:half])
@@ -66,8 +65,8 @@ def test_server_and_engine_restarted(
             assert store.evict([key]) == [0]
             assert store.put([key], [bytes(length)]) == [1]
     with (
-        server(vllm, tmp_path / "server3", level) as port,
-        engine(vllm, model, tmp_path / "engine3", in_vllm(port)) as one,
+        server(vllm.python, tmp_path / "server3", level, environ=vllm.variables({})) as port,
+        engine(vllm, model, tmp_path / "engine3", transfer(port)) as one,
     ):
         spoilt = one.generate(PROMPTS)
         assert cached(spoilt) == [WHOLE] * len(PROMPTS)

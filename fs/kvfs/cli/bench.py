@@ -259,6 +259,14 @@ def ttft(
     example: Annotated[
         bool, typer.Option("--example/--no-example", help="Compare with vLLM's connector that keeps files.")
     ] = True,
+    lmcache: Annotated[
+        bool,
+        typer.Option("--lmcache", help="Compare with LMCache's server on files; needs lmcache in that environment."),
+    ] = False,
+    computed: Annotated[
+        int | None,
+        typer.Option("--computed", min=1, help="Questions over each context without kvfs (default: as many as with)."),
+    ] = None,
     memory: Annotated[str, typer.Option("--memory", help="Bytes of kvfs's memory tier.")] = "512M",
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Where the time of a hit goes.")] = False,
     verbose: Verbose = False,
@@ -281,6 +289,8 @@ def ttft(
             questions=questions,
             context_tokens=context_tokens,
             example=example,
+            lmcache=lmcache,
+            computed=computed or questions,
             memory=int(Size.parse(memory)),
         )
     except ValueError as e:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+from kvfs_tools.bench import lmcache_server
 from kvfs_tools.bench.measure import Listener
 from kvfs_tools.bench.programs import BenchError
 from kvfs_tools.bench.report import Report, Row, Target, summarise
@@ -28,7 +29,9 @@ ENGINE: Final = Path(__file__).with_name("ttft_engine.py")
 ENGINE_S: Final = 3600.0
 REST: Final = 4  # tokens of a prompt behind its last whole block
 QUESTION: Final = 28
-COMPUTE, STORE, HIT, EXAMPLE_STORE, EXAMPLE_HIT = "recompute", "store", "hit", "example-store", "example-hit"
+COMPUTE, STORE, HIT = "recompute", "store", "hit"
+EXAMPLE, LMCACHE = "vLLM's ExampleConnector", "LMCache's server on files"
+FILES_S: Final = 120.0  # until LMCache has its files
 
 SHAPES: Final = {
     "tiny": {
@@ -51,7 +54,8 @@ SHAPES: Final = {
 @dataclass(frozen=True, slots=True)
 class TtftPlan:
     """`tokens`: lengths of prompts. `contexts` and `questions` over each of them, of `context_tokens`: requests a second; none if
-    0. `example`: also vLLM's own connector that keeps files."""
+    0. `computed`: how many of a context's questions are asked without kvfs too, where the rate does not depend on it.
+    `example`: also vLLM's own connector that keeps files. `lmcache`: also LMCache's, files being its second level."""
 
     python: Path
     shape: str = "small"
@@ -59,8 +63,10 @@ class TtftPlan:
     rounds: int = 5
     contexts: int = 8
     questions: int = 20
+    computed: int = 20
     context_tokens: int = 4096
     example: bool = True
+    lmcache: bool = False
     store: int = 4 << 30
     memory: int = 512 << 20  # as the daemon has it by default
 
@@ -164,6 +170,21 @@ class _Bench:
                 raise BenchError("a client's own blocks could not be stored and read")
             return seconds
 
+    def with_lmcache(self, name: str, prompts: Sequence[tuple[int, int]]) -> Measured:
+        """With a server of its own, of which only the files are left."""
+        place = self.place.root / f"lmcache-{name}"
+        place.mkdir(exist_ok=True)
+        level = lmcache_server.files_level(place)
+        with lmcache_server.server(self.plan.python, self.place.root / "lmcache-log", level) as port:
+            measured = self.run(lmcache_server.transfer(port), prompts, name)
+            wanted = sum(count // lmcache_server.CHUNK for count, _ in prompts)
+            deadline = time.monotonic() + FILES_S
+            while sum(1 for _ in place.rglob("*.data")) < wanted:
+                if time.monotonic() > deadline:
+                    raise BenchError(f"LMCache has not stored {wanted} objects within {FILES_S:g} s")
+                time.sleep(0.1)
+        return measured
+
     def example(self, folder: str) -> dict[str, Any]:
         place = self.place.root / folder
         place.mkdir(exist_ok=True)
@@ -186,7 +207,10 @@ def _first_tokens(bench: _Bench, count: int, number: int) -> _Round:
     ]
     if example is not None:
         run: Callable[[], Measured] = lambda: bench.run(example, prompts, name)  # noqa: E731
-        groups.append([(EXAMPLE_STORE, run), (EXAMPLE_HIT, run)])
+        groups.append([(f"{EXAMPLE}, storing", run), (EXAMPLE, run)])
+    if bench.plan.lmcache:
+        run = lambda: bench.with_lmcache(name, prompts)  # noqa: E731
+        groups.append([(f"{LMCACHE}, storing", run), (LMCACHE, run)])
     first = number % len(groups)
     found: dict[str, Measured] = {}
     for group in groups[first:] + groups[:first]:
@@ -236,12 +260,24 @@ def _rows(count: int, rounds: list[_Round]) -> list[Row]:
             ],
         ),
     ]
-    if EXAMPLE_HIT in rounds[0].found:
-        other = "vLLM's ExampleConnector"
-        rows.append(
-            summarise(f"hit-example-{count}", hit, "s", other, Target(1.0, at_most=True), pairs(HIT, EXAMPLE_HIT))
-        )
+    for key, other in (("example", EXAMPLE), ("lmcache", LMCACHE)):
+        if all(_hit(one, other, count) for one in rounds):
+            rows.append(summarise(f"hit-{key}-{count}", hit, "s", other, Target(1.0, at_most=True), pairs(HIT, other)))
     return rows
+
+
+def _hit(one: _Round, who: str, count: int) -> bool:
+    """Whether it found most of the prompt and says what a computing engine says."""
+    found = one.found.get(who)
+    return found is not None and found.cached * 2 > count and found.tokens == one.found[COMPUTE].tokens
+
+
+def _misses(count: int, rounds: list[_Round]) -> list[str]:
+    return [
+        f"{who} did not find the prompt of {count} tokens again in {missed} of {len(rounds)} rounds: no figure."
+        for who in (EXAMPLE, LMCACHE)
+        if who in rounds[0].found and (missed := sum(not _hit(one, who, count) for one in rounds))
+    ]
 
 
 def _breakdown(count: int, rounds: list[_Round]) -> str:
@@ -259,17 +295,18 @@ def _breakdown(count: int, rounds: list[_Round]) -> str:
 def _requests(bench: _Bench) -> Row:
     plan = bench.plan
     prompts = [(plan.context_tokens, QUESTION)] * plan.contexts
-    asked = plan.contexts * plan.questions
     pairs: list[tuple[float, float | None]] = []
     for number in range(plan.rounds):
         name = f"contexts-{number}"
         bench.listen.step(f"round {number + 1} of {plan.rounds}: storing the contexts")
         bench.run(bench.kvfs(name), prompts, name)
-        found: dict[bool, Measured] = {}
+        rates: dict[bool, float] = {}
         for ours in (True, False) if number % 2 == 0 else (False, True):
+            each = plan.questions if ours else plan.computed
+            asked = plan.contexts * each
             bench.listen.step(f"round {number + 1} of {plan.rounds}: {asked} questions, {'kvfs' if ours else COMPUTE}")
-            found[ours] = bench.run(bench.kvfs(name) if ours else None, prompts, name, plan.questions)
-        pairs.append((asked / found[True].seconds, asked / found[False].seconds))
+            rates[ours] = asked / bench.run(bench.kvfs(name) if ours else None, prompts, name, each).seconds
+        pairs.append((rates[True], rates[False]))
     return summarise(
         "questions",
         f"{plan.questions} questions over each of {plan.contexts} contexts of {plan.context_tokens} tokens",
@@ -284,7 +321,7 @@ def bench_ttft(beside: Path, plan: TtftPlan, *, breakdown: bool = False, listen:
     """Runs everything in a scratch directory in `beside`. BenchError if it cannot."""
     listen = listen or Listener()
     where = machine("")
-    per_round = 5 if plan.example else 3
+    per_round = 3 + 2 * plan.example + 2 * plan.lmcache
     listen.begin(1 + plan.rounds * (per_round * len(plan.tokens) + (3 if plan.questions else 0)))
     rows: list[Row] = []
     notes: list[str] = []
@@ -295,6 +332,7 @@ def bench_ttft(beside: Path, plan: TtftPlan, *, breakdown: bool = False, listen:
         for count in plan.tokens:
             rounds = [_first_tokens(bench, count, number) for number in range(plan.rounds)]
             rows += _rows(count, rounds)
+            notes += _misses(count, rounds)
             if breakdown:
                 notes.append(_breakdown(count, rounds))
             spent = {who: statistics.median(one.found[who].cpu for one in rounds) for who in rounds[0].found}

@@ -49,6 +49,19 @@ def make_model(directory: Path, shape: dict[str, int]) -> None:
     made.rename(directory)
 
 
+def mend_dispatcher() -> None:
+    """vLLM 0.32 looks through the variables of every module that is loaded, and of numba's, which LMCache loads, one has none."""
+    import builtins
+
+    import vllm.triton_utils.dispatcher as dispatcher
+
+    def variables(what: Any) -> dict[str, Any]:
+        found = builtins.vars(what)
+        return found if isinstance(found, dict) else {}
+
+    dispatcher.vars = variables
+
+
 def cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
@@ -61,6 +74,8 @@ def main() -> None:
     model = Path(order["model"])
     if not model.exists():
         make_model(model, order["shape"])
+    if order["transfer"] is not None and "LMCache" in order["transfer"]["kv_connector"]:
+        mend_dispatcher()
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
