@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(120)
 
 PAGE = 64 << 10
 SECONDS = timedelta(seconds=20)  # more than any wait here takes
-FORBID_READ_HOLES = 2
+ALLOW_READ_UNCOMMITTED, FORBID_READ_HOLES = 1, 2
 
 
 @contextmanager
@@ -127,6 +127,30 @@ def test_a_ring_that_forbids_holes(up: Up) -> None:
     assert client.read(0, 4) == b"data"
     assert client.read(32 << 20, 4096) == -errno.ENODATA
     client.close()
+
+
+def test_a_ring_that_allows_what_is_not_committed(up: Up) -> None:
+    """It reads what a write that has ended has written, as any other ring does; so does one with both flags, and no third flag
+    exists."""
+    for flags in (ALLOW_READ_UNCOMMITTED, ALLOW_READ_UNCOMMITTED | FORBID_READ_HOLES):
+        client = Client(up.mount / f"f{flags}", flags=flags)
+        for turn in range(20):
+            data = os.urandom(5000)
+            assert client.write(turn * 3000, data) == 5000
+            assert client.read(turn * 3000, 5000) == data
+        client.close()
+    with pytest.raises(OSError, match="Invalid argument"):
+        io.make_ioring(str(up.mount), 8, flags=4)
+
+
+def test_the_native_module_by_its_names(up: Up) -> None:
+    """Programs reach it as hf3fs_fuse.io.h3fio, too."""
+    assert io.h3fio.__name__ == "hf3fs_py_usrbio"
+    ring = io.h3fio.ioring(str(up.mount), 8, True, 0, None, None, -1, 0)
+    assert isinstance(ring, type(io.make_ioring(str(up.mount), 8)))
+    sizes = [type(ring).size_for_entries(entries) for entries in (1, 64, 1024)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] > 0
 
 
 def test_results_come_in_the_order_of_preparation(client: Client) -> None:
