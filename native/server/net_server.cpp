@@ -95,7 +95,8 @@ void NetServer::supersede(const wire::Hello& hello, const wire::Capability& capa
 }
 
 void NetServer::end_session(NetSession* s) {
-  KVFS_CHECK(s->conns.empty() && s->held == 0 && !s->in_ring && s->in_wait.empty());
+  KVFS_CHECK(s->conns.empty() && s->held == 0 && s->in_wait.empty());
+  if (s->in_ring) std::erase(ring_, s);  // for operations that were refused before its turn came
   if (s->jobs_listed) std::erase(job_wait_, s);
   const auto id = s->id;
   sessions_.erase(id);

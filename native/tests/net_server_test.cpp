@@ -423,6 +423,37 @@ TEST_F(NetServerTest, WhatAClientsLastSessionAskedForIsNotMadeAfterItsNextBegan)
   EXPECT_EQ(stats().sessions_superseded, 1u);
 }
 
+// The store has as much to do as it may have, so that nobody behind the first who waits for it has a turn: a session of
+// which nothing is left is still listed for one.
+TEST_F(NetServerTest, ASessionEndsThoughItsTurnHasNotCome) {
+  start();
+  Client busy[4], waits, old, next;
+  ASSERT_EQ(admit(&busy[0], capability({kAll})), 0);
+  for (int i = 1; i < 4; ++i) ASSERT_EQ(admit(&busy[i], {}, &busy[0]), 0);
+  ASSERT_EQ(admit(&waits, capability({kAll})), 0);
+  client_number = 1;
+  ASSERT_EQ(admit(&old, capability({kAll})), 0);
+  ASSERT_EQ(put(&waits, block_key(1), pattern(1, 100)), 1);
+  const auto step = [&] {  // the store stands still
+    for (Client* c : clients) c->channel->receive();
+    server->pump();
+    server->publish();
+  };
+  for (Client& c : busy) send(&c, std::vector<wire::Desc>(opt.max_ops, c.get(block_key(1), 100)));
+  for (uint32_t i = 0; i < 2 * kMaxStoreOps / kTurnOps; ++i) step();
+  ASSERT_EQ(stats().buffers_used, uint64_t{kMaxStoreOps} * 4096);
+  const uint64_t b = send(&waits, {waits.get(block_key(1), 100)});
+  step();
+  send(&old, {old.change(Op::Delete, block_key(1))});
+  step();
+  ASSERT_EQ(admit(&next, capability({kAll})), 0);
+  for (int i = 0; i < 10; ++i) step();
+  EXPECT_EQ(stats().sessions, 3u) << "the old one is gone";
+  EXPECT_EQ(stats().sessions_superseded, 1u);
+  EXPECT_EQ(result(&waits, b), 100);
+  EXPECT_EQ(run(&next, next.get(block_key(1), 100)), 100) << "what the old one asked for is not made";
+}
+
 TEST_F(NetServerTest, AClientIsOneOfItsTenant) {
   start();
   client_number = 1;
