@@ -1,5 +1,7 @@
 // Nodes whose chunks are on chunk servers, over real sockets: a whole node against servers in this process.
+#include <fcntl.h>
 #include <poll.h>
+#include <sys/mman.h>
 
 #include <thread>
 
@@ -91,7 +93,7 @@ class RemoteNodeTest : public ::testing::Test {
     r.capability_bytes = capability.size();
     r.file_ns = kVolumeNs;
     r.deadline_ms = kDeadlineMs;
-    r.data_sums = 1;
+    r.data_sums = sums_;
     kvfs_node_config c{};
     sock_ = dir_ + "/sock";
     c.socket_path = sock_.c_str();
@@ -135,6 +137,7 @@ class RemoteNodeTest : public ::testing::Test {
   wire::ClusterMap map_;
   std::string dir_, sock_;
   Server servers_[kServers];
+  uint32_t sums_ = 1;  // asked for
   kvfs_node* node_ = nullptr;
 };
 
@@ -230,6 +233,142 @@ TEST_F(RemoteNodeTest, RestartsUnderLoad) {
     ASSERT_EQ(call(KVFS_OP_GET, n, got.data(), 5000), 5000);
     EXPECT_EQ(got, pattern(n, 5000));
   }
+}
+
+// While another client of the node is served, one makes its memory shorter under transfers of its own: no connection ends.
+class RemoteMemoryTest : public RemoteNodeTest {
+ protected:
+  static constexpr uint32_t kLen = 65536, kBlocks = 16;
+  static constexpr uint64_t kSize = uint64_t{kLen} * kBlocks;
+  struct Client {
+    kvfs_client* c = nullptr;
+    kvfs_ring* r = nullptr;
+    int ns = -1;
+    explicit Client(const std::string& sock) {
+      EXPECT_EQ(kvfs_open(sock.c_str(), &c), 0);
+      EXPECT_EQ(kvfs_ring_create(c, 32, &r), 0);
+      ns = kvfs_ns_open(c, "t", "cache", 0);
+      EXPECT_GE(ns, 0);
+    }
+    ~Client() { kvfs_close(c); }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+  };
+  struct Keys {
+    std::vector<std::string> text;
+    std::vector<kvfs_block> blocks;
+    Keys(const std::string& prefix, uint64_t at) {
+      for (uint32_t i = 0; i < kBlocks; ++i) text.push_back(prefix + std::to_string(i));
+      for (const std::string& t : text) {
+        blocks.push_back({t.data(), uint32_t(t.size()), kLen, at, 0, 0});
+        at += kLen;
+      }
+    }
+  };
+  // Gets and puts of memory of its own that ends in the middle of a block.
+  void hostile(int round) {
+    Client c(sock_);
+    kvfs_iov own;
+    const int fd = memfd_create("engine", MFD_CLOEXEC);
+    ASSERT_EQ(ftruncate(fd, off_t(kSize)), 0);
+    void* mem = mmap(nullptr, kSize, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    ASSERT_EQ(kvfs_iov_register(c.c, mem, kSize, &own), 0);
+    const bool put = round % 2 != 0, before = round % 4 < 2;
+    Keys keys(put ? "h" + std::to_string(round) + "-" : "k", 0);
+    kvfs_batch batch{};
+    batch.blocks = keys.blocks.data();
+    batch.n = kBlocks;
+    batch.opcode = put ? KVFS_OP_PUT : KVFS_OP_GET;
+    batch.handle = c.ns;
+    batch.iov = own.id;
+    if (before) {
+      ASSERT_EQ(ftruncate(fd, 300'000), 0);
+    }
+    ASSERT_EQ(kvfs_batch_submit(c.r, &batch), 0);
+    if (!before) {
+      ASSERT_EQ(ftruncate(fd, 300'000), 0);
+    }
+    kvfs_batch* ended;
+    ASSERT_EQ(kvfs_batch_wait(c.r, &ended, 1, 10 * kSec), 1);
+    for (const kvfs_block& b : keys.blocks)
+      EXPECT_TRUE(b.status == (put ? 1 : kLen) || b.status == -EFAULT) << b.status << " in round " << round;
+    munmap(mem, kSize);
+    close(fd);
+  }
+  uint64_t connections_made() {
+    uint64_t n = 0;
+    for (const Server& s : servers_) {
+      kvfs_net_stats st{};
+      EXPECT_EQ(kvfs_server_stats(s.server, &st), 0);
+      n += st.connections_opened;
+    }
+    return n;
+  }
+  void truncated_memory_hurts_nobody_else() {
+#if defined(__SANITIZE_THREAD__)
+    GTEST_SKIP() << "a mapping replaced in a SIGBUS handler is beyond ThreadSanitizer's model";
+#endif
+    ASSERT_EQ(begin(issuer_.make({kAll})), 0);
+    ASSERT_EQ(kvfs_node_ns_put(node_, "t", "cache", kCacheNs, 1, KVFS_ANY_UID), 0);
+    Client good(sock_);
+    kvfs_iov v;
+    ASSERT_EQ(kvfs_iov_alloc(good.c, 4 << 20, 0, &v), 0);
+    const Bytes want = pattern(1, kSize);
+    memcpy(v.base, want.data(), kSize);
+    Keys keys("k", 0), mine("k", kSize);
+    ASSERT_EQ(kvfs_put(good.r, good.ns, &v, keys.blocks.data(), kBlocks, 0, 10 * kSec), int(kBlocks));
+    usleep(300'000);  // all connections are there
+    const uint64_t made = connections_made();
+    std::atomic<bool> stop{false};
+    std::thread other([&] {
+      for (int round = 0; round < 20 && !HasFatalFailure(); ++round) hostile(round);
+      stop = true;
+    });
+    auto* got = static_cast<uint8_t*>(v.base) + kSize;
+    uint64_t slowest = 0, bad = 0;
+    while (!stop) {
+      memset(got, 0, kSize);
+      const uint64_t at = monotonic_ns();
+      bad += kvfs_get(good.r, good.ns, &v, mine.blocks.data(), kBlocks, 10 * kSec) != int(kBlocks);
+      slowest = std::max(slowest, monotonic_ns() - at);
+      bad += memcmp(got, want.data(), kSize) != 0;
+    }
+    other.join();
+    EXPECT_EQ(bad, 0u);
+    EXPECT_LT(slowest, 2 * kSec);
+    EXPECT_EQ(connections_made(), made);
+  }
+};
+
+TEST_F(RemoteMemoryTest, TruncatedMemoryHurtsNobodyElse) { truncated_memory_hurts_nobody_else(); }
+
+TEST_F(RemoteMemoryTest, TruncatedMemoryHurtsNobodyElseWithoutSums) {
+  sums_ = 0;
+  truncated_memory_hurts_nobody_else();
+}
+
+TEST_F(RemoteMemoryTest, TruncatedMemoryHurtsNobodyElseOverSharedMemory) {
+  setenv("KVFS_SHM_DIR", dir_.c_str(), 1);
+  map_.version = 3;
+  char err[256] = "";
+  for (size_t i = 0; i < kServers; ++i) {
+    const std::string name = "server" + std::to_string(i);
+    ASSERT_GE(kvfs_server_listen(servers_[i].server, ("shm://" + name).c_str(), err, sizeof err), 0) << err;
+    wire::MapTarget& t = map_.targets[i];
+    wire::MapEndpoint& e = t.endpoint[t.endpoints++];
+    e = {};
+    e.transport = uint8_t(wire::Transport::Shm);
+    std::memcpy(e.address, name.data(), name.size());
+  }
+  const Bytes b = map_bytes(map_);
+  for (Server& s : servers_) ASSERT_EQ(kvfs_server_set_map(s.server, b.data(), b.size(), err, sizeof err), 0) << err;
+  truncated_memory_hurts_nobody_else();
+  kvfs_rail_stats rails[8];
+  const int n = kvfs_node_rails(node_, rails, 8);
+  uint64_t in = 0;
+  for (int i = 0; i < n; ++i) in += std::string(rails[i].name).starts_with("shm://") ? rails[i].bytes_in : 0;
+  EXPECT_GT(in, kSize);
+  unsetenv("KVFS_SHM_DIR");
 }
 
 TEST_F(RemoteNodeTest, AStaleMapIsReplaced) {

@@ -1,6 +1,7 @@
 // tcp_channel_test.cpp: both ends of a TCP channel together: what goes in at one end comes out at the other, whatever the sizes,
 // the order of answers, the buffers' readiness, cancels and ends in between.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <thread>
 
@@ -272,6 +273,60 @@ TEST_F(TcpChannel, WhenTheClientGoesTheServerHasItsBuffersBack) {
   client_->close();
   until([&] { return handler_.ended_times != 0; });
   EXPECT_FALSE(server_->closed()) << "what was taken must be replied to";
+}
+
+// Memory that ends too early, as that of a client who made its file shorter.
+TEST_F(TcpChannel, MemoryThatIsNotThereFailsItsOperationAlone) {
+  constexpr uint32_t kLen = 300'000, kThere = 65536, kBad = 7;
+  for (const uint64_t features : {wire::kFeatures, uint64_t{0}}) {
+    open(features);
+    auto* mem = static_cast<uint8_t*>(mmap(nullptr, kLen, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    ASSERT_NE(mem, MAP_FAILED);
+    ASSERT_EQ(mprotect(mem + kThere, kLen - kThere, PROT_NONE), 0);
+    for (uint32_t k = 0; k < 20; ++k) store(k, kLen);
+    const auto of_bad_memory = [&](Op op, uint64_t key) {
+      calls_.push_back(std::make_unique<Call>(op, key, kLen));
+      calls_.back()->op.mem.ptr = mem;
+      client_->submit(&calls_.back()->op);
+      return calls_.back().get();
+    };
+    std::vector<Call*> gets;
+    for (uint32_t k = 0; k < 20; ++k)
+      gets.push_back(k % kBad == 3 ? of_bad_memory(Op::Get, k) : call(Op::Get, k, kLen));
+    ASSERT_TRUE(settle());
+    for (uint32_t k = 0; k < 20; ++k) {
+      EXPECT_TRUE(gets[k]->op.answered) << k;
+      EXPECT_EQ(gets[k]->op.result, k % kBad == 3 ? -EFAULT : int64_t{kLen}) << k;
+      EXPECT_TRUE(k % kBad == 3 || right(*gets[k], k, kLen)) << k;
+    }
+    if ((features & wire::kDataSums) == 0) {  // with sums we would read it ourselves
+      std::vector<Call*> puts;
+      for (uint32_t k = 100; k < 120; ++k)
+        puts.push_back(k % kBad == 3 ? of_bad_memory(Op::Put, k) : call(Op::Put, k, kLen));
+      ASSERT_TRUE(settle());
+      for (uint32_t k = 100; k < 120; ++k) {
+        const NetOp& op = puts[k - 100]->op;
+        EXPECT_TRUE(op.answered) << k;
+        EXPECT_EQ(op.result, k % kBad == 3 ? -EFAULT : 1) << k;
+        const Bytes& there = handler_.chunks[chunk_name(op.desc)];
+        ASSERT_EQ(there.size(), kLen);
+        EXPECT_TRUE(k % kBad == 3 ? there.back() == 0 : there == pattern(k, kLen)) << k;
+      }
+    }
+    const uint64_t calls = client_->counters().calls;
+    for (uint32_t k = 0; k < 3; ++k) gets[k] = call(Op::Get, k, kLen);
+    ASSERT_TRUE(settle());
+    for (uint32_t k = 0; k < 3; ++k) EXPECT_TRUE(right(*gets[k], k, kLen)) << k;
+    EXPECT_LE(client_->counters().calls - calls, 5u) << "not one by one any more";
+    EXPECT_EQ(client_->error(), 0);
+    client_->close();
+    server_->close();
+    until([&] { return client_->closed() && server_->closed(); });
+    munmap(mem, kLen);
+    handler_.chunks.clear();
+    handler_.ended_times = 0;
+  }
+  open();
 }
 
 // Against a model, with sizes, orders, cancels, withheld buffers and new submissions from `done` by chance.

@@ -22,8 +22,9 @@ struct NetOp {
   wire::Desc desc{};  // complete but for `sum`, `addr` and `rkey`, which the channel fills
   MemRef mem;  // has_in: desc.len bytes to send; has_out: room for desc.len bytes, written any time before `done`
   int64_t result = 0;
-  // result says what the server said. False: the channel broke, or the payload was damaged (-EBADMSG): nobody knows whether
-  // the server has executed it; result = -errno of the channel.
+  // result says what the server said, or -EFAULT: it has said something, but the memory could not be written or read. False:
+  // the channel broke, or the payload was damaged (-EBADMSG): nobody knows whether the server has executed it; result =
+  // -errno of the channel.
   bool answered = false;
   bool cancelled = false;  // by cancel()
   void (*done)(NetOp*) = nullptr;

@@ -65,7 +65,7 @@ void TcpClientChannel::submit(NetOp* op) {
   KVFS_CHECK(!has_memory(code) || (op->mem.ptr != nullptr && op->desc.len <= wire::kMaxOpBytes));
   op->answered = op->cancelled = false;
   op->result = 0;
-  priv(op) = Priv{0, 0, State::New};
+  priv(op) = Priv{0, 0, State::New, false};
   ++ops_;
   if (has_memory(code)) bytes_ += op->desc.len;
   if (broken()) {
@@ -272,7 +272,7 @@ int TcpClientChannel::take_response(const FrameHeader& h, const uint8_t* body) {
     s.op = nullptr;
     --b->live;
     op->answered = true;
-    op->result = r.result;
+    op->result = priv(op).unreadable && r.result >= 0 ? -EFAULT : r.result;
     if (r.len != 0) {
       priv(op).state = State::Receiving;
       priv(op).sum = r.sum;
@@ -305,6 +305,21 @@ void TcpClientChannel::on_piece(const Piece& p) {
     op->result = -EBADMSG;
   }
   finish(op);
+}
+
+// Its memory is its owner's alone: the others of the connection go on.
+void TcpClientChannel::on_unwritable(const Piece& p) {
+  auto* op = static_cast<NetOp*>(p.who);
+  op->result = -EFAULT;
+  finish(op);
+}
+
+// The server makes the change, of zeros for what is missing, and its answer says that nothing is on its way any more.
+void TcpClientChannel::on_unreadable(const uint8_t* p) {
+  for (NetOp* op : sending_) {
+    const auto* mem = static_cast<const uint8_t*>(op->mem.ptr);
+    if (p >= mem && p < mem + op->desc.len) priv(op).unreadable = true;
+  }
 }
 
 // ---------------------------------------------------------------- cancel and the end

@@ -48,6 +48,7 @@ class TcpClientChannel final : public ClientChannel, private TcpStream {
     uint64_t sum;  // of the answer's payload
     uint32_t map_version;
     State state;
+    bool unreadable;  // zeros have left in the place of some of it
   };
   static_assert(sizeof(Priv) <= sizeof(NetOp::priv));
   static Priv& priv(NetOp* op) { return *reinterpret_cast<Priv*>(op->priv); }
@@ -68,6 +69,8 @@ class TcpClientChannel final : public ClientChannel, private TcpStream {
   void on_received() override;
   void on_end() override { break_up(-ECONNRESET); }
   void on_piece(const Piece& p) override;
+  void on_unwritable(const Piece& p) override;
+  void on_unreadable(const uint8_t* p) override;
   void on_sent() override;
   void on_send_halted() override;
   void on_call() override { deliver(); }

@@ -85,6 +85,7 @@ bool TcpStream::receive_pieces() {
   if (piece_ == pieces_.size()) {
     pieces_.clear();
     piece_ = 0;
+    single_ = false;
     return true;
   }
   KVFS_CHECK(!recv_busy_);
@@ -96,7 +97,8 @@ bool TcpStream::receive_pieces() {
       recv_iov_[n++] = {p, len};
     }
   };
-  for (size_t i = piece_; i < pieces_.size() && n < kRecvIov && room > 0; ++i) {
+  const size_t end = single_ ? piece_ + 1 : pieces_.size();
+  for (size_t i = piece_; i < end && n < kRecvIov && room > 0; ++i) {
     const uint32_t skip = i == piece_ ? piece_done_ : 0;
     uint32_t left = std::min(pieces_[i].len - skip, room);
     room -= left;
@@ -126,6 +128,18 @@ bool TcpStream::receive_pieces() {
   return false;
 }
 
+// One of the pieces asked for, which one is known once they are asked for one by one. Nothing of it has come meanwhile.
+void TcpStream::find_unwritable() {
+  if (!single_) {
+    single_ = true;
+    return;
+  }
+  const Piece p = pieces_[piece_];
+  pieces_[piece_].ptr = nullptr;
+  pieces_[piece_].who = nullptr;
+  on_unwritable(p);
+}
+
 void TcpStream::recv_done(NetIo* io) {
   auto* s = static_cast<TcpStream*>(io->owner);
   const int32_t n = io->result;
@@ -139,10 +153,12 @@ void TcpStream::recv_done(NetIo* io) {
       s->have_ += static_cast<uint32_t>(n);
     }
   }
+  const bool fault = n == -EFAULT && s->to_pieces_;
+  if (fault && !s->broken_) s->find_unwritable();
   if (!s->broken_) {
     if (n == 0) {
       s->on_end();
-    } else if (n > 0 || n == -ECANCELED) {
+    } else if (n > 0 || n == -ECANCELED || fault) {
       s->on_received();
     } else {
       s->break_up(n);
@@ -186,7 +202,7 @@ void TcpStream::send() {
 
 void TcpStream::post_send() {
   send_msg_.msg_iov = send_iov_.data() + first_;
-  send_msg_.msg_iovlen = iovs_ - first_;
+  send_msg_.msg_iovlen = send_single_ ? 1 : iovs_ - first_;
   send_busy_ = true;
   halting_ = false;
   ++counters_.calls;
@@ -196,6 +212,20 @@ void TcpStream::post_send() {
 void TcpStream::halt_send() {
   halting_ = true;
   uring_.cancel(&send_);
+}
+
+void TcpStream::find_unreadable() {
+  if (!send_single_) {
+    send_single_ = true;
+    return;
+  }
+  iovec& v = send_iov_[first_];
+  on_unreadable(static_cast<const uint8_t*>(v.iov_base));
+  if (broken_) return;
+  std::unique_ptr<uint8_t[]> zeros(new (std::nothrow) uint8_t[v.iov_len]());
+  if (zeros == nullptr) return break_up(-ENOMEM);
+  v.iov_base = zeros.get();
+  copies_.push_back(std::move(zeros));
 }
 
 bool TcpStream::detach(const void* p, uint32_t n) {
@@ -227,9 +257,11 @@ void TcpStream::send_done(NetIo* io) {
     n -= part;
     if (v.iov_len == 0) ++s->first_;
   }
+  const bool fault = io->result == -EFAULT;
+  if (fault && !s->broken_) s->find_unreadable();
   if (s->broken_) {
     // Ends below.
-  } else if (io->result <= 0 && !(io->result == -ECANCELED && s->halting_)) {
+  } else if (io->result <= 0 && !fault && !(io->result == -ECANCELED && s->halting_)) {
     s->break_up(io->result == 0 ? -EPIPE : io->result);
   } else if (s->first_ < s->iovs_) {
     if (s->halting_) s->on_send_halted();
@@ -237,6 +269,7 @@ void TcpStream::send_done(NetIo* io) {
   } else {
     s->iovs_ = s->meta_used_ = 0;
     s->payload_ = 0;
+    s->send_single_ = false;
     s->copies_.clear();
     s->on_sent();
   }

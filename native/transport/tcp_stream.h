@@ -9,6 +9,7 @@
 
 #include <sys/uio.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -45,10 +46,14 @@ class TcpStream {
   virtual void on_received() = 0;             // something has come, or halt_receive() did its work
   virtual void on_end() = 0;                  // the peer sends nothing more: break_up()
   virtual void on_piece(const Piece& p) = 0;  // it is complete
-  virtual void on_sent() = 0;                 // all of the send has left
-  virtual void on_send_halted() = 0;          // halt_send() did its work; afterwards the rest goes on its way
-  virtual void on_call() = 0;                 // call_back() asked for it
-  virtual void on_broken() = 0;               // after break_up(): the kernel has no memory of ours any more
+  // The kernel cannot write to it, or not read what begins at p of what was to be sent. What is still to come of it goes
+  // nowhere, and zeros leave in the place of the other; unless on_unwritable() or on_unreadable() ends the connection.
+  virtual void on_unwritable(const Piece&) { break_up(-EFAULT); }
+  virtual void on_unreadable(const uint8_t*) { break_up(-EFAULT); }
+  virtual void on_sent() = 0;         // all of the send has left
+  virtual void on_send_halted() = 0;  // halt_send() did its work; afterwards the rest goes on its way
+  virtual void on_call() = 0;         // call_back() asked for it
+  virtual void on_broken() = 0;       // after break_up(): the kernel has no memory of ours any more
 
   // --- receiving; one thing at a time
   const uint8_t* staged() const { return stage_.get() + at_; }
@@ -93,7 +98,9 @@ class TcpStream {
   static void send_done(NetIo* io);
   static void call_done(NetIo* io);
   void fill(uint32_t n);
+  void find_unwritable();
   void post_send();
+  void find_unreadable();
   void end_if_still();
 
   Uring& uring_;
@@ -105,6 +112,7 @@ class TcpStream {
   NetIo recv_, send_, call_;
   bool recv_busy_ = false, send_busy_ = false, call_busy_ = false;
   bool to_pieces_ = false;  // what is being received
+  bool single_ = false;     // pieces one by one, since the kernel could not write to one of several
   bool halting_ = false;    // the send
   std::unique_ptr<uint8_t[]> stage_;
   uint32_t stage_bytes_;
@@ -121,6 +129,7 @@ class TcpStream {
   uint64_t payload_ = 0;
   std::vector<iovec> send_iov_ = std::vector<iovec>(kSendIov);
   uint32_t iovs_ = 0, first_ = 0;
+  bool send_single_ = false;  // likewise
   std::vector<std::unique_ptr<uint8_t[]>> copies_;
   msghdr send_msg_{};
 };
