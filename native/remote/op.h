@@ -41,6 +41,7 @@ struct RemoteOp {
   State state = State::Turn;
   bool in_turn = false;    // stands in the list of changes of chunks
   bool sent = false;       // once or more: a server may have executed it
+  bool unknown = false;    // came back unanswered once or more: nobody knows whether it was executed
   bool again = false;      // was sent, and then given another seq: nobody remembers the first answer
   bool expired = false;    // its deadline has passed while it was the channel's
   bool existence = false;  // Lookup in place of a Get of no bytes

@@ -169,7 +169,7 @@ void Peer::send(RemoteOp* op, Connection* c, uint64_t now) {
     settled_[n.desc.seq % settled_.size()] = false;
   }
   n.result = 0;
-  n.answered = n.cancelled = false;
+  n.answered = n.cancelled = n.unreachable = false;
   n.done = net_done;
   n.owner = op;
   n.next = nullptr;
@@ -232,8 +232,9 @@ void Peer::net_done(NetOp* n) {
     c->rail->works();
     c->proven = true;
   }
-  // Asked again it would say the same, at once: other connections may do without.
-  if (!n->answered && n->result == -ENOMEM) c->memoryless = true;
+  // It cannot reach memory, and asked again it would say the same, at once: other connections may do without.
+  const bool undone = !n->answered && !n->cancelled && !n->unreachable && n->result != -EBADMSG;
+  if (undone && c->channel->error() == 0) c->memoryless = true;
   if (c->ending || c->memoryless || c->channel->error() != 0) self->attention_ = true;
   op->conn = nullptr;
   self->host_->came_back(op);

@@ -179,6 +179,10 @@ void RemoteStore::resend(RemoteOp* op) {
 void RemoteStore::came_back(RemoteOp* op) {
   const NetOp& n = op->net;
   again_ = true;
+  if (n.unreachable) {  // asked again it would be the same
+    if (op->unknown) op->peer->disown(op);
+    return finish(op, n.result);
+  }
   if (n.answered && n.result == -ESTALE) return op->expired ? finish(op, -ETIMEDOUT) : stale(op);
   const bool damaged = n.result == -EBADMSG;
   if (n.answered && !damaged && n.result != -ECANCELED) return answered(op, n.result);
@@ -186,6 +190,7 @@ void RemoteStore::came_back(RemoteOp* op) {
     if (!n.answered) op->peer->disown(op);
     return finish(op, -ETIMEDOUT);
   }
+  if (!n.answered) op->unknown = true;
   if (damaged) {
     ++counters_.checksum_errors;
     if (++op->damaged > kMaxDamaged) return finish(op, -EIO);

@@ -324,6 +324,11 @@ void SimChannel::flush(uint32_t map_version) {
       give_back(op, -ENOMEM, false, false);
       continue;
     }
+    if (server->missing.contains(op->mem.ptr)) {
+      op->unreachable = true;
+      give_back(op, -EFAULT, false, false);
+      continue;
+    }
     const uint64_t no = ++next_;
     Flight& f = flights_[no];
     f.op = op;

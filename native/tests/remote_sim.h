@@ -48,6 +48,7 @@ struct SimServer {
   int refuse = 0;                 // -errno for whoever says hello
   std::set<uint16_t> cut;         // ports behind which nothing passes any more
   std::set<uint16_t> memoryless;  // ports whose connections can't get at the memory of operations
+  std::set<const void*> missing;  // memory that no connection can get at
   std::map<uint64_t, std::shared_ptr<SimSession>> sessions;
   std::map<std::string, Bytes> mem, disk;  // chunks: now, and after a restart
   std::map<uint64_t, int> executed;        // writes by their first eight bytes, of this boot

@@ -359,6 +359,35 @@ TEST(RemoteStore, AConnectionThatCannotReachMemoryIsLeftForOthers) {
   EXPECT_EQ(h.rail(0, 0).live(), 2u);
 }
 
+TEST(RemoteStore, MemoryThatCannotBeReachedFailsItsOperationAtOnceAndNothingElse) {
+  RemoteHarness h(1, 2);
+  ASSERT_EQ(h.store->start().err, 0);
+  h.pass(kSecond);
+  Bytes bad = pattern(1, 5000);
+  h.server(0).missing.insert(bad.data());
+  const uint64_t begin = h.net->now, dials = h.net->dials;
+  EXPECT_EQ(h.run(Request::Op::Put, block_key(1, kNs), bad.data(), 0, 5000), -EFAULT);
+  EXPECT_EQ(h.run(Request::Op::Get, block_key(1, kNs), bad.data(), 0, 5000), -EFAULT);
+  EXPECT_LT(h.net->now - begin, kSecond);
+  for (uint64_t n = 1; n <= 40; ++n) ASSERT_EQ(h.put(block_key(n, kNs), pattern(n, 5000)), 1);
+  h.pass(10 * kSecond);
+  EXPECT_EQ(h.net->dials, dials) << "no connection ended, and no session";
+  // But where it had left before, and nobody knows what became of it, the session ends with it.
+  const uint64_t session = h.server(0).sessions.begin()->first;
+  h.server(0).missing.clear();
+  h.net->faults.drop_after = 1;
+  Async a;
+  a.mem = pattern(2, 5000);
+  start(h, &a, Request::Op::Put, block_key(100, kNs), 0, 5000);
+  ASSERT_TRUE(h.until([&] { return h.server(0).mem.size() == 41; }));
+  h.server(0).missing.insert(a.mem.data());
+  h.net->faults.drop_after = 0;
+  ASSERT_TRUE(h.until([&] { return a.done; }));
+  EXPECT_EQ(a.req.result, -EFAULT);
+  EXPECT_EQ(h.put(block_key(101, kNs), pattern(1, 100)), 1);
+  EXPECT_NE(h.server(0).sessions.begin()->first, session);
+}
+
 // ---- start
 
 TEST(RemoteStore, ARefusedCapabilityIsSaidAtTheStart) {

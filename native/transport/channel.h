@@ -27,6 +27,8 @@ struct NetOp {
   // -errno of the channel.
   bool answered = false;
   bool cancelled = false;  // by cancel()
+  // Not answered, and nothing of it has left: the memory cannot be used, here or on another connection. result = -errno.
+  bool unreachable = false;
   void (*done)(NetOp*) = nullptr;
   void* owner = nullptr;
   NetOp* next = nullptr;        // the owner's while idle, the channel's while submitted

@@ -44,7 +44,7 @@ const ChannelCounters& RdmaClientChannel::counters() const {
 void RdmaClientChannel::submit(NetOp* op) {
   priv(op) = {};
   priv(op).bounce = -1;
-  op->answered = op->cancelled = false;
+  op->answered = op->cancelled = op->unreachable = false;
   ++ops_;
   bytes_ += payload(op);
   fresh_.push(op);
@@ -88,8 +88,7 @@ int RdmaClientChannel::make_reachable(NetOp* op) {
     if (bounces_.base() == nullptr) {
       constexpr int kAccess = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE;
       const RdmaDevice& device = connection_->device();
-      if (err = bounces_.open(device.verbs(), device.pd(), size_t{kBounces} * kBounceBytes, kAccess); err != 0)
-        return err;
+      if (bounces_.open(device.verbs(), device.pd(), size_t{kBounces} * kBounceBytes, kAccess) != 0) return -ENOMEM;
       for (int i = kBounces; i-- != 0;) free_bounces_.push_back(int16_t(i));
     }
     if (free_bounces_.empty()) return -EAGAIN;
@@ -134,6 +133,7 @@ bool RdmaClientChannel::send_batch() {
     }
     flushed_.remove(op);
     if (err != 0) {
+      op->unreachable = err == -EFAULT || err == -EACCES;  // other errors are the device's
       end(op, err, false);
       continue;
     }
