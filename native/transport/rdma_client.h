@@ -35,7 +35,7 @@ class RdmaClientChannel final : public ClientChannel, private RdmaConnection::Us
   uint64_t bytes_inflight() const override { return bytes_; }
   uint32_t ops_inflight() const override { return ops_; }
   void close() override;
-  bool closed() const override { return ended_ && ops_ == 0; }
+  bool closed() const override { return ended_ && ops_ == 0 && connection_->quiet(); }
   const ChannelCounters& counters() const override;
 
  private:

@@ -144,7 +144,9 @@ int RdmaConnection::start(Uring& uring, User& user) {
     c->turn();
   };
   device_.add(this);
-  polls_[0] = uring.add_poll(timer_, timer, this);  // first: without the others it can still end
+  nop_.done = on_called;
+  nop_.owner = this;
+  polls_[0] = uring.add_poll(timer_, timer, this);
   polls_[1] = uring.add_poll(channel_->fd, completions, this);
   polls_[2] = uring.add_poll(events_->fd, cm, this);
   for (const int p : polls_)
@@ -154,6 +156,7 @@ int RdmaConnection::start(Uring& uring, User& user) {
 }
 
 RdmaConnection::~RdmaConnection() {
+  KVFS_CHECK(quiet());
   user_ = nullptr;
   if (!gone_) dismantle();
 }
@@ -171,12 +174,24 @@ void RdmaConnection::last_receive() {
 }
 
 void RdmaConnection::wake_at(uint64_t ns) {
-  if (ns >= wake_ || timer_ < 0) return;
+  if (timer_ < 0) return;
+  if (uring_ != nullptr && polls_[0] < 0) {  // start() fails, and all that is left is the end: turn after turn
+    if (!calling_) uring_->submit(&nop_);
+    calling_ = true;
+    return;
+  }
+  if (ns >= wake_) return;
   wake_ = ns;
   itimerspec t{};
   t.it_value.tv_sec = time_t(ns / 1'000'000'000u);
   t.it_value.tv_nsec = long(ns % 1'000'000'000u) + (ns == 0 ? 1 : 0);  // zero would disarm it
   KVFS_CHECK(timerfd_settime(timer_, TFD_TIMER_ABSTIME, &t, nullptr) == 0);
+}
+
+void RdmaConnection::on_called(NetIo* io) {
+  auto* c = static_cast<RdmaConnection*>(io->owner);
+  c->calling_ = false;
+  if (!c->gone_) c->turn();
 }
 
 // ---------------------------------------------------------------- posting

@@ -65,8 +65,9 @@ class RdmaConnection {
   // Ends it with the next turn: err 0, or why. The first reason counts.
   void fail(int err);
   bool failing() const { return failing_; }
-  void wake_at(uint64_t ns);  // on_turn() by then; the earliest counts
-  void last_receive();        // the queue pair takes nothing from the shared receives any more
+  bool quiet() const { return !calling_; }  // the Uring holds nothing of it
+  void wake_at(uint64_t ns);                // on_turn() by then; the earliest counts
+  void last_receive();                      // the queue pair takes nothing from the shared receives any more
 
   // Posting: claims of frames and requests are gathered, post() rings the doorbell once.
   bool room(uint32_t requests) const { return depth_ - uint32_t(tail_ - head_) >= requests; }
@@ -103,6 +104,7 @@ class RdmaConnection {
   int make_queue_pair();
   uint8_t* receive_at(uint32_t slot) { return receives_.base() + size_t{slot} * shape_.receive_bytes; }
   void add(ibv_send_wr* wr, void* what, int32_t frame, bool signal);
+  static void on_called(NetIo* io);
   void on_completions();
   void on_cm_events();
   void turn();
@@ -143,6 +145,8 @@ class RdmaConnection {
   int timer_ = -1;
   int polls_[3] = {-1, -1, -1};
   uint64_t wake_ = UINT64_MAX;
+  NetIo nop_;  // in place of the timer, where there is no poll left for that
+  bool calling_ = false;
   bool failing_ = false, flushing_ = false, last_receive_ = false, gone_ = false;
   int err_ = 0;
   uint64_t flush_deadline_ = 0;

@@ -38,7 +38,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   void flush() override;
   void resume() override;
   void close() override { finish(0); }
-  bool closed() const override { return ended_ && ops_ == 0; }
+  bool closed() const override { return ended_ && ops_ == 0 && connection_->quiet(); }
   uint32_t ops_inflight() const override { return ops_; }
   bool sending() const override { return replies_.head != nullptr || frames_out_ != 0; }
   const ChannelCounters& counters() const override;
