@@ -156,6 +156,7 @@ void NetServer::connect(NetConn* c, std::unique_ptr<ServerChannel> channel) {
   c->channel->owner = c;
   stats_.connections_opened++;
   if (stop_at_ns_ != 0) doom(c, -ESHUTDOWN);
+  if (c->doom != 0) doomed_ = true;  // maybe before there was a channel to close
   c->channel->start();
 }
 

@@ -454,6 +454,26 @@ TEST_F(NetServerTest, ASessionEndsThoughItsTurnHasNotCome) {
   EXPECT_EQ(run(&next, next.get(block_key(1), 100)), 100) << "what the old one asked for is not made";
 }
 
+// Its client begins anew after it was let in and before its transport is ready.
+TEST_F(NetServerTest, AConnectionThatIsOutdatedBeforeItBeginsIsEnded) {
+  start();
+  client_number = 1;
+  Client old, next;
+  const wire::Hello h = hello(wire::Purpose::Session);
+  const wire::Capability cap = capability({kAll});
+  NetConn* conn = server->admit(h, &cap, &old.reply);
+  ASSERT_NE(conn, nullptr);
+  ASSERT_EQ(admit(&next, cap), 0);
+  turn();
+  turn();
+  channels.push_back(std::make_unique<MemoryChannel>(server.get()));
+  server->connect(conn, channels.back()->server_end());
+  for (int i = 0; i < 5; ++i) turn();
+  EXPECT_TRUE(channels.back()->ended());
+  until([&] { return stats().sessions == 1; });
+  EXPECT_EQ(put(&next, block_key(1), pattern(1, 10)), 1);
+}
+
 TEST_F(NetServerTest, AClientIsOneOfItsTenant) {
   start();
   client_number = 1;
