@@ -337,8 +337,8 @@ class ShmConnect : public testing::Test {
     unlink(path_.c_str());
     rmdir(dir_.c_str());
   }
-  // As a server that says yes and then hands over `memory` (-1: ends it) with `setup`.
-  int connect_to(int memory, const ShmSetup& setup) {
+  // As a server that says yes and then hands over `memory` (-1: ends it), as often as `times` says, with `setup`.
+  int connect_to(int memory, const ShmSetup& setup, size_t times = 1) {
     std::thread server([&] {
       int fd = -1;
       for (int i = 0; i < 5000 && fd < 0; ++i, usleep(1000)) fd = tcp_accept(listener_, nullptr);
@@ -350,8 +350,21 @@ class ShmConnect : public testing::Test {
       r.max_ops = r.max_batch = 8;
       r.max_in = wire::kMaxOpBytes;
       EXPECT_EQ(send_reply(fd, r, nullptr, 0, monotonic_ns() + 5'000'000'000), 0);
-      if (memory >= 0) {
+      if (memory >= 0 && times == 1) {
         EXPECT_EQ(send_segment(fd, setup, memory), 0);
+      } else if (memory >= 0) {
+        iovec v{const_cast<ShmSetup*>(&setup), sizeof setup};
+        const std::vector<int> fds(times, memory);
+        alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
+        msghdr m{};
+        m.msg_iov = &v;
+        m.msg_iovlen = 1;
+        m.msg_control = control;
+        m.msg_controllen = CMSG_SPACE(times * sizeof(int));
+        cmsghdr* c = CMSG_FIRSTHDR(&m);
+        *c = {CMSG_LEN(times * sizeof(int)), SOL_SOCKET, SCM_RIGHTS};
+        std::memcpy(CMSG_DATA(c), fds.data(), times * sizeof(int));
+        EXPECT_EQ(sendmsg(fd, &m, 0), ssize_t{sizeof setup});
       }
       ::close(fd);
     });
@@ -375,6 +388,21 @@ TEST_F(ShmConnect, ASegmentThatIsWhatItShouldBeIsTakenAndNoOther) {
   EXPECT_EQ(connect_to(Memfd(bytes, 0).fd, s), -EPROTO);
   EXPECT_EQ(connect_to(Memfd(bytes / 2, F_SEAL_SHRINK).fd, s), -EPROTO);
   EXPECT_EQ(connect_to(-1, s), -ECONNRESET);
+}
+
+TEST_F(ShmConnect, MoreDescriptorsThanOneAreRefusedAndNoneStaysOpen) {
+  const auto open_now = [] {
+    size_t n = 0;
+    for (int fd = 0; fd < 1024; ++fd) n += fcntl(fd, F_GETFD) >= 0;
+    return n;
+  };
+  const ShmSetup s = shm_setup(8, kTestArena);
+  const Memfd memory(ShmLayout(s).bytes, F_SEAL_SHRINK);
+  const size_t before = open_now();
+  for (const size_t times : {2u, 3u}) EXPECT_EQ(connect_to(memory.fd, s, times), -EPROTO);
+  EXPECT_EQ(open_now(), before);
+  EXPECT_EQ(connect_to(memory.fd, s), 0);
+  EXPECT_EQ(open_now(), before);
 }
 
 TEST_F(ShmConnect, ASocketThatIsListenedOnIsNotTakenAwayAndOneOfTheDeadIs) {

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <utility>
+#include <vector>
 
 #include "../ring/unix_address.h"
 #include "../wire/map.h"
@@ -48,15 +49,22 @@ struct WithDescriptor {
   }
 };
 
-// The setup and its descriptor (-1: without). 0; -EAGAIN: not there yet; -errno.
+// The setup and its descriptor (-1: without, or not exactly one: CMSG_SPACE is padded, and two fit in). 0; -EAGAIN: not
+// there yet; -errno.
 int take_setup(int fd, ShmSetup* setup, int* memory) {
   WithDescriptor m(setup, sizeof *setup);
   const ssize_t n = ::recvmsg(fd, &m.msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (n < 0) return errno == EINTR ? -EAGAIN : -errno;
+  std::vector<int> fds;
   for (cmsghdr* c = CMSG_FIRSTHDR(&m.msg); c != nullptr; c = CMSG_NXTHDR(&m.msg, c)) {
-    if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof(int)))
-      std::memcpy(memory, CMSG_DATA(c), sizeof *memory);
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+    const size_t had = fds.size(), more = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    fds.resize(had + more);
+    std::memcpy(fds.data() + had, CMSG_DATA(c), more * sizeof(int));
   }
+  if (fds.size() == 1) *memory = fds[0];
+  for (const int f : fds)
+    if (f != *memory) ::close(f);
   if (n == 0) return -ECONNRESET;
   const bool whole = n == ssize_t{sizeof *setup} && (m.msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) == 0;
   return whole && *memory >= 0 ? 0 : -EPROTO;
