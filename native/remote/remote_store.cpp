@@ -172,7 +172,8 @@ void RemoteStore::resend(RemoteOp* op) {
   const bool of_chunk = what <= wire::Op::Lookup;
   Peer* p = of_chunk ? peer_of(op->net.desc) : op->peer;
   // A question to a target that is no longer in the map has nobody to answer it.
-  if (p->closing()) return finish(op, of_chunk || what == wire::Op::Scan ? -EREMOTEIO : 0);
+  const int64_t unmade = op->unknown ? -ETIMEDOUT : -EREMOTEIO;
+  if (p->closing()) return finish(op, of_chunk || what == wire::Op::Scan ? unmade : 0);
   place(op, p, true);
 }
 
@@ -326,7 +327,8 @@ void RemoteStore::heard_of_map(uint32_t version) {
 }
 
 void RemoteStore::stale(RemoteOp* op) {
-  if (++op->stale > kMaxStale) return finish(op, -EREMOTEIO);
+  // Refused, but an earlier session may have made it.
+  if (++op->stale > kMaxStale) return finish(op, op->again ? -ETIMEDOUT : -EREMOTEIO);
   if (op->map_version < map_.version) return resend(op);
   op->state = RemoteOp::State::Parked;
   parked_.push_back(op);

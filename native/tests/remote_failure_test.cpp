@@ -151,6 +151,24 @@ TEST(RemoteStore, ADeletionWhoseAnswerWasLostIsDone) {
   EXPECT_EQ(h.run(Request::Op::Delete, k), -ENOENT);
 }
 
+TEST(RemoteStore, AChangeThatMayHaveBeenMadeDoesNotSayThatNothingHappened) {
+  RemoteHarness h(1);
+  ASSERT_EQ(h.store->start().err, 0);
+  ASSERT_EQ(h.put(block_key(3, kNs), pattern(3, 64), Request::kDurable), 1);
+  h.net->faults.drop_after = 1;
+  Async a;
+  a.mem = pattern(1, 64);
+  start(h, &a, Request::Op::Put, block_key(1, kNs), 0, 64, Request::kDurable);
+  ASSERT_TRUE(h.until([&] { return h.server(0).mem.size() == 2; }));
+  h.net->faults.drop_after = 0;
+  h.net->restart(&h.server(0));
+  h.server(0).map_version = 2;  // which nobody has
+  ASSERT_TRUE(h.until([&] { return a.done; }));
+  EXPECT_EQ(a.req.result, -ETIMEDOUT);
+  EXPECT_EQ(h.put(block_key(2, kNs), pattern(2, 64)), -EREMOTEIO) << "never made";
+  EXPECT_EQ(h.server(0).mem.size(), 2u);
+}
+
 TEST(RemoteStore, DamagedPayloadsAreAskedForAgainAndThenAnError) {
   RemoteHarness h(1);
   ASSERT_EQ(h.store->start().err, 0);
