@@ -180,7 +180,7 @@ void NetServer::close_doomed() {
     NetConn* c = conns_[i].get();
     if (c->doom == 0 || c->closing || c->ended || c->channel == nullptr) continue;
     c->closing = true;
-    c->channel->close();
+    c->channel->close(c->doom == -ESHUTDOWN ? 0 : c->doom);
   }
 }
 

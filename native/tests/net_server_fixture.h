@@ -137,7 +137,7 @@ class MemoryChannel {
     void reply(ServerOp* op) override { m->reply(op); }
     void flush() override { m->flush(); }
     void resume() override { m->resumed = true; }
-    void close() override { m->end(-ESHUTDOWN); }
+    void close(int err) override { m->end(err); }
     bool closed() const override { return m->ended_ && m->ops_ == 0; }
     uint32_t ops_inflight() const override { return m->ops_; }
     bool sending() const override { return !m->sent_.empty(); }

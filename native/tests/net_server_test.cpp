@@ -325,6 +325,7 @@ TEST_F(NetServerTest, WhoAsksForMoreThanItWasToldIsShutOut) {
   ASSERT_EQ(admit(&many, capability({kAll})), 0);
   send(&many, std::vector<wire::Desc>(9, many.get(block_key(1), 100)));
   until([&] { return many.channel->ended(); });
+  EXPECT_EQ(many.channel->why, -EPROTO) << "and is told so";
   ASSERT_EQ(admit(&large, capability({kAll})), 0);
   EXPECT_EQ(large.reply.max_in, 32u << 20);
   const Bytes v = pattern(1, 16u << 20);

@@ -125,7 +125,7 @@ class ServerChannel {
   virtual void reply(ServerOp* op) = 0;         // op->result, out_len, out_sum are set; leaves at flush()
   virtual void flush() = 0;                     // what was replied to since the last call goes out
   virtual void resume() = 0;                    // buffers are there again
-  virtual void close() = 0;                     // ended() follows
+  virtual void close(int err = 0) = 0;          // the client is told why; ended() follows
   virtual bool closed() const = 0;              // nothing refers to it any more
   virtual uint32_t ops_inflight() const = 0;    // taken and not released
   virtual bool sending() const = 0;             // answers are on their way

@@ -37,7 +37,7 @@ class RdmaServerChannel final : public ServerChannel, private RdmaConnection::Us
   void reply(ServerOp* op) override;
   void flush() override;
   void resume() override;
-  void close() override { finish(0); }
+  void close(int err = 0) override { finish(err); }
   bool closed() const override { return ended_ && ops_ == 0 && connection_->quiet(); }
   uint32_t ops_inflight() const override { return ops_; }
   bool sending() const override { return replies_.head != nullptr || frames_out_ != 0; }

@@ -30,7 +30,7 @@ class ShmServerChannel final : public ServerChannel, private ShmStream {
   void reply(ServerOp* op) override;
   void flush() override;
   void resume() override;
-  void close() override { fail(-ESHUTDOWN); }
+  void close(int err = 0) override { fail(err != 0 ? err : -ESHUTDOWN); }
   bool closed() const override { return quiet() && ops_ == 0; }
   uint32_t ops_inflight() const override { return ops_; }
   bool sending() const override { return replies_.head != nullptr || sent_.head != nullptr; }

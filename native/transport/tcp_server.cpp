@@ -319,10 +319,10 @@ void TcpServerChannel::on_broken() {
   handler_.ended(this, error());
 }
 
-void TcpServerChannel::close() {
+void TcpServerChannel::close(int err) {
   if (broken()) return;
-  last_word(0);
-  break_up(0);
+  last_word(err);
+  break_up(err);
 }
 
 }  // namespace kvfs

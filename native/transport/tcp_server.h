@@ -31,7 +31,7 @@ class TcpServerChannel final : public ServerChannel, private TcpStream {
   void reply(ServerOp* op) override;
   void flush() override;
   void resume() override;
-  void close() override;
+  void close(int err = 0) override;
   bool closed() const override { return ended() && quiet() && ops_ == 0; }
   uint32_t ops_inflight() const override { return ops_; }
   bool sending() const override { return TcpStream::sending() || ready_.head != nullptr || replied_.head != nullptr; }
