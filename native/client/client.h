@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -23,10 +24,11 @@ struct kvfs_client {
   pid_t pid = 0;
   std::string path;
   uint8_t token[16] = {};
-  bool dead = false;              // a reply was lost: no further control calls
+  std::atomic<bool> dead{false};  // a reply was lost, or the daemon given up: no further control calls
   std::vector<kvfs_ring*> rings;  // <= 256
   std::vector<ClientIov> iovs;    // <= 256
   std::mutex descriptor_mu;       // one descriptor and its answer at a time
+  std::mutex descriptor_sock_mu;  // held to make and close it, with descriptor_mu, and to shut it down
   int descriptor_sock = -1;       // kept from one to the next
 };
 

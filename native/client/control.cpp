@@ -177,6 +177,20 @@ void kvfs_close(kvfs_client* c) {
   delete c;
 }
 
+void kvfs_abandon(kvfs_client* c) {
+  if (c == nullptr || forked(c)) return;  // the child's shutdown would be the parent's too
+  c->dead = true;
+  shutdown(c->sock, SHUT_RDWR);  // ends a call under way, which holds `mu`
+  {
+    std::lock_guard<std::mutex> g(c->descriptor_sock_mu);
+    if (c->descriptor_sock >= 0) shutdown(c->descriptor_sock, SHUT_RDWR);
+  }
+  std::lock_guard<std::mutex> g(c->mu);
+  for (const kvfs_ring* r : c->rings) {
+    if (r->event_fd >= 0) shutdown(r->event_fd, SHUT_RDWR);
+  }
+}
+
 int kvfs_alive(const kvfs_client* c) { return !forked(c) && !peer_gone(c) ? 1 : 0; }
 
 int kvfs_iov_alloc(kvfs_client* c, uint64_t bytes, uint32_t flags, kvfs_iov* out) {
@@ -262,8 +276,13 @@ int kvfs_ns_close(kvfs_client* c, int handle) { return simple_call(c, Ctl::NsClo
 
 // One request and its reply on the descriptors' connection, which is made if there is none. -EREMOTEIO: it is lost.
 static int descriptor_exchange(kvfs_client* c, CtlRequest* q, int fd, CtlReply* r) {
-  if (c->descriptor_sock < 0) c->descriptor_sock = connect_to((c->path + ".fd").c_str());
-  if (c->descriptor_sock < 0) return c->descriptor_sock;
+  if (c->descriptor_sock < 0) {
+    const int made = connect_to((c->path + ".fd").c_str());
+    if (made < 0) return made;
+    std::lock_guard<std::mutex> g(c->descriptor_sock_mu);
+    c->descriptor_sock = made;
+    if (c->dead) shutdown(made, SHUT_RDWR);
+  }
   iovec iov{q, sizeof *q};
   alignas(cmsghdr) char ctl[CMSG_SPACE(sizeof(int))] = {};
   msghdr m{};
@@ -285,6 +304,7 @@ static int descriptor_exchange(kvfs_client* c, CtlRequest* q, int fd, CtlReply* 
   const int err = n == ssize_t(sizeof *q) ? recv_reply(c->descriptor_sock, q->type, r, fds) : -EREMOTEIO;
   close_fds(fds);
   if (err != 0) {  // request and reply can't be paired any more
+    std::lock_guard<std::mutex> g(c->descriptor_sock_mu);
     close(c->descriptor_sock);
     c->descriptor_sock = -1;
   }
@@ -296,6 +316,7 @@ int kvfs::descriptor_call(kvfs_client* c, CtlRequest* q, int fd) {
   CtlReply r;
   memcpy(q->token, c->token, sizeof q->token);
   std::lock_guard<std::mutex> g(c->descriptor_mu);
+  if (c->dead) return -EREMOTEIO;
   const bool kept = c->descriptor_sock >= 0;
   int err = descriptor_exchange(c, q, fd, &r);
   // The daemon closes the connection that is oldest when too many come, never with a request of ours half done.

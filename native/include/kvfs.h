@@ -66,6 +66,10 @@ struct kvfs_batch {
 int kvfs_open(const char* socket_path, kvfs_client** out);
 /* Frees rings and iovs too. NULL is fine. */
 void kvfs_close(kvfs_client* c);
+/* Gives up a daemon that does not answer: control calls under way and later ones fail with -EREMOTEIO, so that destroying
+ * rings, freeing iovs and kvfs_close do not wait for it, and so does what waits for completions, within 100 ms. Any
+ * thread, any time before kvfs_close. A daemon that goes on later may still read and write the memory shared with it. */
+void kvfs_abandon(kvfs_client* c);
 /* 1: the daemon is there; 0: it is gone for good, or this is a forked child. */
 int kvfs_alive(const kvfs_client* c);
 

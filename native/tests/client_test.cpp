@@ -1,5 +1,6 @@
 // client_test.cpp tests libkvfs against a real node: blocks end to end, limits, errors, fork, death, many threads.
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -342,6 +343,74 @@ TEST_F(NodeTest, DaemonDeathIsNoticed) {
   kvfs_iov v;
   EXPECT_EQ(kvfs_iov_alloc(c, 4096, 0, &v), -EREMOTEIO);
   kvfs_close(c);
+}
+
+// The daemon in a child process is stopped for good: nobody who has given it up waits for it.
+TEST_F(NodeTest, AbandonedDaemonHoldsNobodyUp) {
+  stop();
+  pid_t pid = fork();
+  if (pid == 0) {
+    start();
+    pause();
+    _exit(0);
+  }
+  kvfs_client* c = nullptr;
+  for (int i = 0; i < 2000 && kvfs_open(sock_.c_str(), &c) != 0; ++i) usleep(1000);
+  ASSERT_NE(c, nullptr);
+  kvfs_ring *r, *polled;
+  ASSERT_EQ(kvfs_ring_create(c, 16, &r), 0);
+  ASSERT_EQ(kvfs_ring_create(c, 16, &polled), 0);
+  const int fd = kvfs_ring_event_fd(polled);
+  ASSERT_GE(fd, 0);
+  kvfs_iov v, late;
+  ASSERT_EQ(kvfs_iov_alloc(c, 4096, 0, &v), 0);
+  void* own = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  const int memory = memfd_create("kvfs-test", MFD_CLOEXEC);
+  ASSERT_EQ(ftruncate(memory, 4096), 0);
+  ASSERT_EQ(mmap(own, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory, 0), own);
+  kill(pid, SIGSTOP);
+  usleep(2000);
+  for (kvfs_ring* each : {r, polled}) {
+    kvfs_sqe* s = kvfs_prep(each);
+    s->opcode = KVFS_OP_NOP;
+    kvfs_submit(each);
+  }
+  kvfs_arm(polled, 1);
+  std::atomic<int> waited{0}, called{0}, shared{0}, readable{0};
+  std::thread waits([&] {
+    kvfs_cqe q;
+    waited = kvfs_wait(r, &q, 1, 1, 60 * kSec);
+  });
+  std::thread calls([&] { called = kvfs_iov_alloc(c, 4096, 0, &late); });
+  std::thread shares([&] { shared = kvfs_iov_register(c, own, 4096, &late); });
+  std::thread polls([&] {
+    pollfd p{fd, POLLIN, 0};
+    readable = poll(&p, 1, 60000);
+  });
+  usleep(30000);
+  const uint64_t begun = now();
+  kvfs_abandon(c);
+  waits.join();
+  calls.join();
+  shares.join();
+  polls.join();
+  EXPECT_EQ(waited, -EREMOTEIO);
+  EXPECT_EQ(called, -EREMOTEIO);
+  EXPECT_EQ(shared, -EREMOTEIO);
+  EXPECT_EQ(readable, 1);
+  kvfs_cqe q;
+  EXPECT_EQ(kvfs_peek(polled, &q, 1), -EREMOTEIO);
+  EXPECT_EQ(kvfs_alive(c), 0);
+  EXPECT_EQ(kvfs_iov_free(c, &v), -EREMOTEIO);
+  EXPECT_EQ(kvfs_ring_destroy(r), -EREMOTEIO);
+  EXPECT_EQ(kvfs_ns_open(c, "t", "cache", 0), -EREMOTEIO);
+  EXPECT_EQ(kvfs_iov_register(c, own, 4096, &late), -EREMOTEIO);
+  kvfs_close(c);
+  EXPECT_LT(now() - begun, 2 * kSec);
+  munmap(own, 4096);
+  close(memory);
+  kill(pid, SIGKILL);
+  waitpid(pid, nullptr, 0);
 }
 
 TEST_F(NodeTest, StopEndsClientsWithAnError) {
