@@ -66,10 +66,11 @@ class BlockStore:
         ring_entries: int = RING_ENTRIES,
         timeout: float | None = 30.0,
         token: str | os.PathLike[str] | bytes | None = None,
+        lanes: int = 0,
     ) -> BlockStore:
         """`where`: a mount point, the daemon's socket, its data directory, or kvfs:///any of them. `namespace`:
         "tenant/name", or a name of the tenant "default". `timeout`: seconds per call; None waits as long as the daemon
-        lives.
+        lives. `lanes`: rings made at once, so that as many threads find one later without asking the daemon.
 
         Or `where`: kvfs://HOST:PORT,HOST:PORT/TENANT/NAMESPACE, any of a cluster's chunk servers; this process talks to them
         itself. `token`: the file of what gives the right to it, or the line in it."""
@@ -78,7 +79,7 @@ class BlockStore:
                 raise ValueError(f"{os.fspath(where)} names the namespace already")
             node = remote.start(os.fspath(where), token, timeout)
             try:
-                session = Session(node.socket, ring_entries, timeout)
+                session = Session(node.socket, ring_entries, timeout, lanes)
                 handle = session.client.open_namespace(node.tenant, node.name, read_only=read_only)
             except BaseException:
                 node.stop()
@@ -89,7 +90,7 @@ class BlockStore:
         tenant, slash, name = namespace.partition("/")
         if not slash:
             tenant, name = "default", namespace
-        session = Session(where, ring_entries, timeout)
+        session = Session(where, ring_entries, timeout, lanes)
         return cls(session, session.client.open_namespace(tenant, name, read_only=read_only))
 
     def close(self) -> None:
@@ -99,6 +100,18 @@ class BlockStore:
         node, self._node = self._node, None
         if node is not None:
             node.stop()
+
+    def abandon(self) -> None:
+        """For a daemon that does not answer: nothing waits for it any more, `close` and the end of buffers included; calls
+        under way and later ones raise OSError EREMOTEIO. A daemon that goes on later may still carry out what was under way:
+        give it no `register`ed memory of which the rest of the program takes the ends of its calls for the end of that."""
+        if self._session is not None:
+            self._session.client.abandon()
+
+    @property
+    def alive(self) -> bool:
+        """False once the daemon is gone, or given up; it may be there and not answer."""
+        return self._session is not None and self._session.client.alive
 
     def __enter__(self) -> BlockStore:
         return self

@@ -136,6 +136,14 @@ class Client:
         if _forks != self._forks:
             raise ForkError
 
+    @property
+    def alive(self) -> bool:
+        """The daemon is there, which does not mean that it answers."""
+        return bool(lib.kvfs_alive(self.handle))
+
+    def abandon(self) -> None:
+        lib.kvfs_abandon(self.handle)
+
     def alloc(self, size: int, *, huge: bool = False) -> Buffer:
         iov = ffi.new("struct kvfs_iov*")
         check(lib.kvfs_iov_alloc(self.handle, size, lib.KVFS_IOV_HUGE if huge else 0, iov), f"allocate {size} bytes")

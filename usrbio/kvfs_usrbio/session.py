@@ -58,13 +58,13 @@ def socket_path(where: str | os.PathLike[str]) -> str:
 class Session:
     """Safe to use from several threads: a blocking call takes a lane of its own for as long as it lasts."""
 
-    def __init__(self, where: str | os.PathLike[str], entries: int, timeout: float | None) -> None:
+    def __init__(self, where: str | os.PathLike[str], entries: int, timeout: float | None, lanes: int = 0) -> None:
         self.client = Client(socket_path(where))
         self.entries = entries
         self.seconds = timeout
         self.timeout: int = lib.KVFS_NO_TIMEOUT if timeout is None else int(timeout * 1e9)
-        self._idle: deque[Lane] = deque()
-        self._lanes = 0
+        self._idle = deque(Lane(self.client, entries) for _ in range(min(lanes, MAX_LANES)))
+        self._lanes = len(self._idle)
         self._waiting = 0
         self._free = threading.Condition()
         self._drivers: weakref.WeakKeyDictionary[Any, Driver] = weakref.WeakKeyDictionary()
