@@ -100,6 +100,22 @@ def kill_daemon(directory: Path) -> None:
     wait_gone(pid)
 
 
+@contextmanager
+def stopped(directory: Path) -> Generator[None]:
+    """Its daemon hangs meanwhile: none of its threads runs."""
+    pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 20
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def wait_gone(pid: int, seconds: float = 30) -> None:
     """Until a process that is not this one's child has ended; a zombie that nobody collects counts as ended."""
 

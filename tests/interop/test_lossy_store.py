@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from commands import kill_daemon, kvfs, running
+from commands import kill_daemon, kvfs, running, stopped
+from kvfs_usrbio import BlockStore
+from kvfs_usrbio.connectors import lossy, workers
+from kvfs_usrbio.connectors.lmcache_l2 import KvfsL2
 from kvfs_usrbio.connectors.lossy import Keys, LossyStore
 from kvfs_usrbio.connectors.values import Values
 from waiting import wait_for
@@ -118,16 +121,98 @@ def test_a_kvfs_that_hangs_answers_no_question(place: Path) -> None:
         store = LossyStore(place, "test/lossy", patience=0.5)
         key = KEYS.of(b"a")
         assert store.put([key], [b"value"]) == [1]
-        pid = int(json.loads(kvfs("status", "--dir", place, "--json"))["pid"])
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(place):
+            begun = time.monotonic()
             assert store.exists([key])[0] < 0
             assert store.match_prefix([key]) == 0
-        finally:
-            os.kill(pid, signal.SIGCONT)
+            assert store.evict([key])[0] < 0
+            assert time.monotonic() - begun < 5
         wait_for(lambda: store.up, 30)
         assert store.exists([key]) == [5]
         store.close()
+
+
+def test_a_transfer_goes_on_with_the_kvfs_that_hung(place: Path) -> None:
+    """Nobody may think it had ended while the daemon can still write to the engine's memory."""
+    with running(place, "--size", "64M"):
+        store = LossyStore(place, "test/lossy", patience=0.5)
+        memory = shared_memory(SIZE)
+        assert store.share(memory)
+        value = os.urandom(SIZE)
+        assert store.put([KEYS.of(b"a")], [value]) == [1]
+        done: list[list[int]] = []
+        thread = threading.Thread(target=lambda: done.append(store.get([KEYS.of(b"a")], [memory])), daemon=True)
+        with stopped(place):
+            thread.start()
+            time.sleep(0.2)
+            assert store.exists([KEYS.of(b"a")])[0] < 0
+            assert store.lost == 1
+            begun = time.monotonic()
+            store.close()
+            assert time.monotonic() - begun < 2
+            thread.join(1)
+            assert not done
+        thread.join(30)
+        assert done == [[SIZE]]
+        assert memory[:] == value
+
+
+def test_all_of_a_kind_goes_in_slices(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: one call has an upper bound."""
+    monkeypatch.setattr(lossy, "SWEEP", 100)
+    most = 0
+    evict = BlockStore.evict
+
+    def counted(self: BlockStore, keys: Sequence[bytes]) -> list[int]:
+        nonlocal most
+        most = max(most, len(keys))
+        return evict(self, keys)
+
+    monkeypatch.setattr(BlockStore, "evict", counted)
+    with running(place, "--size", "64M"):
+        store = LossyStore(place, "test/lossy")
+        other = Keys({"test": "another"})
+        keys = [KEYS.of(b"%d" % i) for i in range(1500)]
+        assert store.put([*keys, other.of(b"a")], [b"value"] * 1501) == [1] * 1501
+        assert store.evict_all([KEYS])
+        assert store.match_prefix([other.of(b"a")]) == 1
+        assert not any(found > 0 for found in store.exists(keys))
+        assert most == 100
+        store.close()
+
+
+def test_lmcache_is_answered_while_transfers_hang(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lookups, and the end."""
+    monkeypatch.setattr(workers, "CLOSE_S", 0.5)
+    with running(place, "--size", "64M"):
+        adapter = KvfsL2(str(place), "test/lossy", workers=2)
+
+        def answers(wanted: int, seconds: float) -> dict[int, tuple[bool, list[bool]]]:
+            found: dict[int, tuple[bool, list[bool]]] = {}
+            until = time.monotonic() + seconds
+            while len(found) < wanted and time.monotonic() < until:
+                found.update({number: (ok, each) for number, ok, _, each in adapter.drain_completions()})
+                time.sleep(0.01)
+            return found
+
+        value, into = bytearray(os.urandom(SIZE)), [bytearray(SIZE) for _ in range(4)]
+        put = adapter.submit_batch_set(["a"], [memoryview(value)])
+        assert answers(1, 30) == {put: (True, [True])}
+        with stopped(place):
+            for one in into:
+                adapter.submit_batch_get(["a"], [memoryview(one)])
+            asked = adapter.submit_batch_exists(["a"])
+            assert answers(1, 5) == {asked: (True, [False])}
+            begun = time.monotonic()
+            adapter.close()
+            assert time.monotonic() - begun < 5
+
+
+def test_what_can_never_be_opened_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match="names the namespace already"):
+        LossyStore("kvfs://127.0.0.1:1/t/n", "t/n")
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        LossyStore("kvfs://127.0.0.1/t/n")
 
 
 def test_anonymous_shared_memory(place: Path) -> None:

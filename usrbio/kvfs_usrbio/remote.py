@@ -29,6 +29,15 @@ def is_remote(where: str | os.PathLike[str]) -> bool:
     return text.startswith(SCHEME) and text.removeprefix(SCHEME).partition("/")[0] not in ("", "localhost")
 
 
+def check(url: str) -> None:
+    """ValueError: it can name no namespace on chunk servers."""
+    try:
+        from kvfs.cluster.remote import parse_url
+    except ModuleNotFoundError as e:
+        raise ImportError(f"{url}: stores on chunk servers need the package kvfs: {e}") from e
+    parse_url(url)
+
+
 def _end(node: Node, directory: Path, process: int) -> None:
     if os.getpid() != process:
         return  # a forked child has neither the node's threads nor a right to its files

@@ -75,6 +75,7 @@ class Finder:
                 break
         if operation.done:
             found = operation.result()
+            self.link.worked()
             return found if len(found) == count else []
         if time.monotonic() - question.asked > DEADLINE:
             raise TimeoutError(f"no answer within {DEADLINE} s")

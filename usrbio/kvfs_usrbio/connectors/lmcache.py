@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
 from lmcache.v1.protocol import RemoteMetadata
@@ -25,12 +25,14 @@ from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
 from kvfs_usrbio.connectors.lossy import Keys, LossyStore
 from kvfs_usrbio.connectors.values import Values
+from kvfs_usrbio.connectors.workers import Workers
 
 FORMAT: Final = "lmcache-remote-1"
 NAMESPACE: Final = "lmcache"
 PLUGIN: Final = "kvfs"
 SCHEME: Final = "kvfs://"
 WORKERS: Final = 4
+QUESTIONERS: Final = 2  # threads of their own for lookups: transfers may wait for a kvfs that hangs
 
 Result = TypeVar("Result")
 
@@ -40,18 +42,19 @@ logger: Final = logging.getLogger(__name__)
 class KvfsConnector(RemoteConnector):
     """`where`: a mount point, a data directory or a kvfs:// URL."""
 
-    def __init__(self, where: str, context: ConnectorContext, namespace: str, version: str) -> None:
+    def __init__(self, where: str, context: ConnectorContext, namespace: str | None, version: str) -> None:
         super().__init__(context.config, context.metadata)
         self._memory = context.local_cpu_backend
-        self._store = LossyStore(where, namespace)
+        self._store = LossyStore(where, namespace, NAMESPACE)
         layout = [(list(shape), str(dtype)) for shape, dtype in zip(self.meta_shapes, self.meta_dtypes, strict=True)]
         facts = {"format": FORMAT, "version": version, "layout": layout, "kind": str(self.meta_fmt)}
         self._headers = Values(self._store, Keys({**facts, "part": "header"}))
         self._bodies = Values(self._store, Keys({**facts, "part": "body"}))
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="kvfs-lmcache")
+        self._movers = Workers(WORKERS, "kvfs-lmcache")
+        self._questioners = Workers(QUESTIONERS, "kvfs-lmcache-ask")
 
     async def exists(self, key: Any) -> bool:
-        return await self._run(self.exists_sync, key)
+        return await _ended(self._questioners, lambda: self.exists_sync(key))
 
     def exists_sync(self, key: Any) -> bool:
         return self._headers.exists(_names([key]))[0]
@@ -64,7 +67,7 @@ class KvfsConnector(RemoteConnector):
         return self._headers.match_prefix(_names(keys))
 
     async def batched_async_contains(self, lookup_id: str, keys: list[Any], pin: bool = False) -> int:
-        return await self._run(self.batched_contains, keys)
+        return await _ended(self._questioners, lambda: self.batched_contains(keys))
 
     async def get(self, key: Any) -> Any:
         return (await self.batched_get([key]))[0]
@@ -73,7 +76,12 @@ class KvfsConnector(RemoteConnector):
         return True
 
     async def batched_get(self, keys: list[Any]) -> list[Any]:
-        return await self._run(self._get, keys)
+        job = self._movers.submit(lambda: self._get(keys))
+        try:
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:  # LMCache waits no longer: what arrives later is given back then
+            job.add_done_callback(_give_back)
+            raise
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[Any]) -> list[Any]:
         """Those before the first that is missing."""
@@ -91,7 +99,7 @@ class KvfsConnector(RemoteConnector):
         return True
 
     async def batched_put(self, keys: list[Any], memory_objs: list[Any]) -> None:
-        await self._run(self._put, keys, memory_objs)
+        await _ended(self._movers, lambda: self._put(keys, memory_objs))
 
     def remove_sync(self, key: Any) -> bool:
         removed = self._headers.evict(_names([key]))[0]
@@ -103,13 +111,13 @@ class KvfsConnector(RemoteConnector):
         return []
 
     async def close(self) -> None:
-        self._workers.shutdown(wait=True)
+        """Waits at most some seconds for what is under way; a transfer that hangs with kvfs goes on until that does or this
+        process ends."""
+        await asyncio.to_thread(self._questioners.close)
+        await asyncio.to_thread(self._movers.close)
         self._store.close()
 
     # -- inside
-
-    async def _run(self, call: Callable[..., Result], *given: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, call, *given)
 
     def _get(self, keys: Sequence[Any]) -> list[Any]:
         names = _names(keys)
@@ -168,7 +176,18 @@ class KvfsAdapter(ConnectorAdapter):
         where = context.url if context.url.startswith(SCHEME) else setting("path", None)
         if where is None:
             raise ValueError(f"extra_config: remote_storage_plugin.{context.plugin_name or PLUGIN}.path is missing")
-        return KvfsConnector(where, context, setting("namespace", NAMESPACE), setting("version", ""))
+        return KvfsConnector(where, context, setting("namespace", None), setting("version", ""))
+
+
+def _give_back(job: Future[list[Any]]) -> None:
+    if not job.cancelled() and job.exception() is None:
+        for one in job.result():
+            if one is not None:
+                one.ref_count_down()
+
+
+async def _ended(workers: Workers, call: Callable[[], Result]) -> Result:
+    return await asyncio.wrap_future(workers.submit(call))
 
 
 def _names(keys: Sequence[Any]) -> list[bytes]:

@@ -15,15 +15,16 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from kvfs_usrbio.connectors.lossy import Keys, LossyStore
 from kvfs_usrbio.connectors.values import Values
+from kvfs_usrbio.connectors.workers import Workers
 
 FORMAT: Final = "lmcache-l2-1"
 NAMESPACE: Final = "lmcache"
 WORKERS: Final = 4
+QUESTIONERS: Final = 2  # threads of their own for lookups: transfers may wait for a kvfs that hangs
 MAX_PENDING: Final = 4096  # batches not yet answered; more fail at once
 
 Completion = tuple[int, bool, str, list[bool]]
@@ -32,16 +33,19 @@ logger: Final = logging.getLogger(__name__)
 
 
 class KvfsL2:
-    """`version` sets apart what must not be mixed although LMCache's keys are alike: weights that have changed, say."""
+    """`version` sets apart what must not be mixed although LMCache's keys, which name a model, a rank and a hash of tokens, are
+    alike: other weights, another type of the KV, another version of the engine. Nothing of these is said to an adapter."""
 
-    def __init__(self, kvfs: str, namespace: str = NAMESPACE, version: str = "", workers: int = WORKERS) -> None:
-        self._store = LossyStore(kvfs, namespace)
+    def __init__(self, kvfs: str, namespace: str | None = None, version: str = "", workers: int = WORKERS) -> None:
+        self._store = LossyStore(kvfs, namespace, NAMESPACE)
         self._values = Values(self._store, Keys({"format": FORMAT, "version": version}))
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="kvfs-l2")
+        self._movers = Workers(workers, "kvfs-l2")
+        self._questioners = Workers(QUESTIONERS, "kvfs-l2-ask")
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._pending = 0
+        self._closed = False
         self._done: list[Completion] = []
 
     def event_fd(self) -> int:
@@ -68,9 +72,16 @@ class KvfsL2:
         return done
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        """Waits at most some seconds for what is under way. A transfer that hangs with kvfs goes on until that does or this
+        process ends, and is never reported as ended, so that its memory is not used for something else."""
+        self._questioners.close()
+        moved = self._movers.close()
         self._store.close()
-        os.close(self._fd)
+        with self._lock:
+            self._closed = True
+            os.close(self._fd)
+        if not moved:
+            logger.warning("kvfs does not answer: transfers under way are left to themselves")
 
     def _submit(self, count: int, call: Callable[[], list[bool]], question: bool = False) -> int:
         """`question`: "no" is an answer too, not a failure."""
@@ -81,7 +92,8 @@ class KvfsL2:
         if full:
             self._finish(number, False, "too much is under way", [False] * count)
         else:
-            self._pool.submit(self._run, number, count, call, question)
+            workers = self._questioners if question else self._movers
+            workers.submit(lambda: self._run(number, count, call, question))
         return number
 
     def _run(self, number: int, count: int, call: Callable[[], list[bool]], question: bool) -> None:
@@ -94,8 +106,9 @@ class KvfsL2:
 
     def _finish(self, number: int, ok: bool, error: str, each: list[bool]) -> None:
         with self._lock:
-            self._done.append((number, ok, error, each))
-        os.eventfd_write(self._fd, 1)
+            if not self._closed:
+                self._done.append((number, ok, error, each))
+                os.eventfd_write(self._fd, 1)
 
 
 def _names(keys: Sequence[str]) -> list[bytes]:
