@@ -20,7 +20,15 @@ from commands import kvfs, running_for_a_test
 from kvfs_usrbio import BlockStore
 from kvfs_usrbio.connectors import transfer
 from kvfs_usrbio.connectors.finding import Finder, Lookups
-from kvfs_usrbio.connectors.keys import PART_MAX, Keyring, fingerprint, parts_of, weights
+from kvfs_usrbio.connectors.keys import (
+    PART_MAX,
+    Keyring,
+    fingerprint,
+    model_facts,
+    parts_of,
+    weights,
+    without_paths,
+)
 from kvfs_usrbio.connectors.link import Link
 from kvfs_usrbio.connectors.transfer import Load, Loader, Pages, Saver, Staging, Transfers
 from kvfs_usrbio.connectors.vllm.planner import Plan, Planner, Remembered
@@ -79,6 +87,63 @@ def test_weights_are_known_by_what_they_are(tmp_path: Path) -> None:
     assert weights(tmp_path / "one") != weights(tmp_path / "other")
     (tmp_path / "copy" / "config.json").write_text('{"a": 1}')
     assert weights(tmp_path / "one") != weights(tmp_path / "copy")
+
+
+def safetensors(path: Path, tensors: Sequence[bytes], metadata: str = "") -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "of": metadata}}
+    at = 0
+    for i, tensor in enumerate(tensors):
+        header[f"layers.{i}.weight"] = {
+            "dtype": "BF16",
+            "shape": [len(tensor) // 2],
+            "data_offsets": [at, at + len(tensor)],
+        }
+        at += len(tensor)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensors))
+
+
+def test_every_tensor_decides_what_weights_these_are(tmp_path: Path) -> None:
+    """As where an adapter was merged into few of many."""
+    tensors = [os.urandom(100_000 if i % 3 else 1000) for i in range(120)]
+    model = tmp_path / "model.safetensors"
+    safetensors(model, tensors)
+    known = {weights(tmp_path)}
+    for i in range(0, 120, 7):
+        changed = list(tensors)
+        middle = len(tensors[i]) // 2
+        changed[i] = tensors[i][: middle - 50] + os.urandom(100) + tensors[i][middle + 50 :]
+        safetensors(model, changed)
+        known.add(weights(tmp_path))
+    assert len(known) == 1 + len(range(0, 120, 7))
+    safetensors(model, tensors)
+    assert weights(tmp_path) in known
+    assert weights(model) == weights(model)
+    assert weights(model) != weights(tmp_path)
+    model.write_bytes((5).to_bytes(8, "little") + b"[1,2]" + bytes(100_000))  # no such file, whatever its name says
+    assert weights(tmp_path) not in known
+
+
+def test_a_model_is_known_by_what_it_is_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.gguf").write_bytes(bytes(1000))
+    directories = [model_facts(str(tmp_path / name), None, None) for name in ("one", "two")]
+    files = [model_facts(str(tmp_path / name / "model.gguf"), None, None) for name in ("one", "two")]
+    assert directories[0] == directories[1]
+    assert files[0] == files[1]
+    assert model_facts("acme/llama", "main", "1234") == {"model": "acme/llama", "revision": "1234"}
+    config = {"_name_or_path": "/models/a", "layers": 3, "text_config": {"_name_or_path": "/models/a", "heads": [1, 2]}}
+    assert without_paths(config) == {"layers": 3, "text_config": {"heads": [1, 2]}}
+
+
+def test_ranks_with_fewer_layers_have_as_many_parts() -> None:
+    assert parts_of([6 << 20] * 3, 2) == [range(1), range(1, 3)]
+    assert len(parts_of([6 << 20] * 4)) == 2
+    with pytest.raises(ValueError, match="other ranks"):
+        parts_of([6 << 20], 2)
+    with pytest.raises(ValueError, match="does not fit"):
+        parts_of([6 << 20] * 5, 2)
 
 
 def test_parts_are_few_and_fit() -> None:

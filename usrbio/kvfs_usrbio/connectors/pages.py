@@ -119,7 +119,8 @@ class PagePool:
             {
                 "pool class": type(pool).__name__,
                 "layout": getattr(pool, "layout", None),
-                "type": str(getattr(pool, "dtype", None)),
+                "tag": getattr(pool, "storage_format_tag", None),
+                "type": str(getattr(pool, "dtype", None)),  # of fp8 both kinds are uint8: the engine's arguments tell
                 "tokens": self.page_size,
                 "pieces": sizes,
             }

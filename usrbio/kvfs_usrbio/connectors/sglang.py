@@ -27,14 +27,38 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.observability.metrics_collector import StorageMetrics
+from sglang.srt.runtime_context import get_context
 
 from kvfs_usrbio.connectors.keys import model_facts
 from kvfs_usrbio.connectors.lossy import Keys, LossyStore
 from kvfs_usrbio.connectors.pages import Gatherer, PagePool
 
-FORMAT: Final = "sglang-1"  # to be changed with the meaning of what is stored
+FORMAT: Final = "sglang-2"  # to be changed with the meaning of what is stored
 NAMESPACE: Final = "sglang"
 V1: Final = 'extra config: "interface_v1": 1 is needed; pages as tensors are not offered'
+LORA: Final = "SGLang names an adapter by its path, not its weights: kvfs does not store pages of engines with LoRA"
+TAG: Final = "-unified-token-major"  # which SGLang appends to the model's name for pools of this layout
+DECIDES: Final = (  # of SGLang's arguments for the model, as resolved, those that decide which bytes a page has
+    "revision",
+    "load_format",
+    "model_loader_extra_config",
+    "custom_weight_loader",
+    "model_impl",
+    "json_model_override_args",
+    "dtype",
+    "quantization",
+    "quantization_param_path",
+    "modelopt_quant",
+    "rl_quant_profile",
+    "kv_cache_dtype",
+    "qsa_indexer_dtype",
+)
+DECIDES_DRAFT: Final = (
+    "speculative_draft_model_revision",
+    "speculative_draft_load_format",
+    "speculative_draft_model_quantization",
+    "speculative_draft_kv_cache_dtype",
+)
 MAX_FIGURES: Final = 1024  # transfers whose figures wait to be asked for
 
 logger: Final = logging.getLogger(__name__)
@@ -50,8 +74,9 @@ class KvfsHiCache(HiCacheStorage):
             raise ValueError('extra config: "kvfs" must name a mount point, a data directory or a kvfs:// URL')
         if not extra.get("interface_v1"):
             raise ValueError(V1)
-        self._model = model_facts(storage_config.model_name or "", None, extra.get("model_version"))
-        self._store = LossyStore(extra["kvfs"], extra.get("namespace", NAMESPACE))
+        self._model = {"version": extra.get("model_version"), **_model(storage_config.model_name or "")}
+        self._draft = _draft()
+        self._store = LossyStore(extra["kvfs"], extra.get("namespace"), NAMESPACE)
         self._gatherer = Gatherer(self._store)
         self._pools: dict[str, PagePool] = {}
         self._shared: set[int] = set()
@@ -99,6 +124,7 @@ class KvfsHiCache(HiCacheStorage):
             {
                 "format": FORMAT,
                 "model": self._model,
+                "draft": self._draft if name.startswith(PoolName.DRAFT.value) else None,
                 "pool": name,
                 "tensor": None if replicated else (config.tp_rank, config.tp_size),
                 "pipeline": (config.pp_rank, config.pp_size),
@@ -220,6 +246,38 @@ class KvfsHiCache(HiCacheStorage):
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
         raise NotImplementedError(V1)
+
+
+def _published(name: str) -> Any:
+    """SGLang's resolved arguments of this kind; None in a program that has only a pool of SGLang's."""
+    try:
+        return get_context().config_bag(name)
+    except ValueError:
+        return None
+
+
+def _model(name: str) -> dict[str, object]:
+    """Which model, and how it was made of its files. `name`: what SGLang calls it, its path mostly."""
+    lora, model = _published("lora"), _published("model")
+    if lora is not None and (lora.enable_lora or lora.lora_paths):
+        raise ValueError(LORA)
+    if model is None:
+        return {"weights": model_facts(name.removesuffix(TAG), None, None)}
+    return {
+        "weights": model_facts(model.model_path, model.revision, None),
+        **{one: getattr(model, one, None) for one in DECIDES},
+    }
+
+
+def _draft() -> dict[str, object] | None:
+    """The same for the model that guesses tokens, whose pages have pools of their own."""
+    spec = _published("spec")
+    if spec is None or spec.speculative_draft_model_path is None:
+        return None
+    return {
+        "weights": model_facts(spec.speculative_draft_model_path, None, None),
+        **{one: getattr(spec, one, None) for one in DECIDES_DRAFT},
+    }
 
 
 def _buffers(pool: Any) -> list[torch.Tensor]:

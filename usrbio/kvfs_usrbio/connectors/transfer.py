@@ -32,11 +32,18 @@ MAX_LOADS: Final = 4096
 
 class Pages:
     """An engine's KV memory on the host: `layers` are (address of block 0, bytes of a block in it), one after the other in a stored
-    block; blocks lie next to each other, or `stride` bytes apart. `keep` is what owns the memory."""
+    block; blocks lie next to each other, or `stride` bytes apart. `keep` is what owns the memory. `parts`: of a stored block, or
+    as few as will do."""
 
-    def __init__(self, layers: Sequence[tuple[int, int]], keep: object, stride: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[tuple[int, int]],
+        keep: object,
+        stride: int | None = None,
+        parts: int | None = None,
+    ) -> None:
         placed = [(base, size, stride or size) for base, size in layers]
-        self.parts = [[placed[i] for i in run] for run in parts_of([size for _, size in layers])]
+        self.parts = [[placed[i] for i in run] for run in parts_of([size for _, size in layers], parts)]
         self._native = [ffi.new("struct kvfs_py_layer[]", part) for part in self.parts]
         self.sizes = [sum(size for _, size, _ in part) for part in self.parts]
         self.block_bytes = sum(self.sizes)

@@ -17,20 +17,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvfs_usrbio.blocks import BlockStore
 from kvfs_usrbio.connectors.finding import Finder, Lookups
-from kvfs_usrbio.connectors.keys import Keyring, fingerprint, model_facts, parts_of
-from kvfs_usrbio.connectors.link import Link
+from kvfs_usrbio.connectors.keys import Keyring, fingerprint, parts_of
+from kvfs_usrbio.connectors.link import Link, opener
+from kvfs_usrbio.connectors.vllm.facts import of_model
 from kvfs_usrbio.connectors.vllm.planner import Plan, Planner
 from kvfs_usrbio.connectors.vllm.worker import FIRST_WAIT, Outcome, Settings, Worker
 
 logger = init_logger("vllm.kvfs")
 
-OPTIONS = {"where", "namespace", "load_buffer_mib", "save_buffer_mib", "trace"}
+OPTIONS = {"where", "namespace", "version", "load_buffer_mib", "save_buffer_mib", "trace"}
 COUNTERS = {
     "lookups": "Questions for the stored prefix of a request",
     "lookup_seconds": "Time of the scheduler in these",
@@ -147,21 +148,28 @@ def _cpu_layout(config: Any, spec: Any) -> str:
     return _get_attn_isa(config.model_config.dtype, spec.block_size, spec.head_size, config.cache_config.cache_dtype)
 
 
-def _facts(config: Any, kv_cache_config: Any, group: Any) -> dict[str, object]:
+def _stages(config: Any, group: Any) -> list[int]:
+    """Layers of each pipeline stage: alike in every process, which the scheduler's own view of the KV, that of one rank, is
+    not."""
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages == 1:
+        return [len(group.layer_names)]
+    total = config.model_config.get_total_num_hidden_layers()
+    return [end - start for start, end in (get_pp_indices(total, stage, stages) for stage in range(stages))]
+
+
+def _facts(config: Any, kv_cache_config: Any, group: Any, stages: list[int], version: str) -> dict[str, object]:
     """All that decides which bytes a block has."""
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    cache, parallel = config.cache_config, config.parallel_config
     spec = group.kv_cache_spec
     return {
-        "format": 1,
+        "format": 2,
         "engine": ["vllm", *vllm.__version__.split(".")[:2]],
-        "model": model_facts(model.model, model.revision, getattr(model.hf_config, "_commit_hash", None)),
-        "config": model.hf_config.to_dict(),
-        "dtype": model.dtype,
-        "quantization": model.quantization,
-        "cache_dtype": cache.cache_dtype,
+        **of_model(config),
+        "version": version,
         "hash": cache.prefix_caching_hash_algo,
         "spec": repr(spec),
-        "layers": len(group.layer_names),
+        "layers": stages,
         "layout": [kv_cache_config.kv_cache_layout, _cpu_layout(config, spec)],
         "parallel": [parallel.tensor_parallel_size, parallel.pipeline_parallel_size, kv_cache_config.kv_tp_replicas],
         "speculative": config.speculative_config is not None,
@@ -169,8 +177,9 @@ def _facts(config: Any, kv_cache_config: Any, group: Any) -> dict[str, object]:
 
 
 class KvfsConnector(KVConnectorBase_V1):
-    """Options, in kv_connector_extra_config: `where` (a mount, data directory or kvfs:// URL), `namespace` (TENANT/NAME),
-    `load_buffer_mib`, `save_buffer_mib`, `trace` (a file)."""
+    """Options, in kv_connector_extra_config: `where` (a mount, data directory or kvfs:// URL), `namespace` (TENANT/NAME, unless
+    the URL names it), `version` (to be changed with weights that are known by name only), `load_buffer_mib`,
+    `save_buffer_mib`, `trace` (a file)."""
 
     _cache_hit_source = CacheHitSource.DISK
 
@@ -193,15 +202,11 @@ class KvfsConnector(KVConnectorBase_V1):
         replicas = kv_cache_config.kv_tp_replicas
         holders = tp // replicas  # ranks of one pipeline stage that hold KV of their own
         # The same number of parts on each stage, also where layers cannot be divided evenly.
-        layers = len(group.layer_names) if pp == 1 else -(-vllm_config.model_config.get_total_num_hidden_layers() // pp)
-        parts = len(parts_of([spec.page_size_bytes] * layers))
-        facts = _facts(vllm_config, kv_cache_config, group)
+        stages = _stages(vllm_config, group)
+        parts = len(parts_of([spec.page_size_bytes] * max(stages)))
+        facts = _facts(vllm_config, kv_cache_config, group, stages, str(options.get("version", "")))
         keyring = Keyring(fingerprint(facts), holders * pp, parts)
-        where, namespace = str(options["where"]), str(options.get("namespace", "default/vllm"))
-
-        def connect() -> BlockStore:
-            return BlockStore.open(where, namespace)
-
+        connect = opener(str(options["where"]), options.get("namespace"), "default/vllm")
         trace = Trace(options["trace"]) if options.get("trace") else None
         self._planner: Planner | None = None
         self._worker: Worker | None = None

@@ -9,6 +9,7 @@ lookups, loads and stores have a thread each.
 from __future__ import annotations
 
 import ctypes
+import os
 import queue as queues
 import threading
 import time
@@ -16,17 +17,18 @@ from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 import vllm
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult, Medium, RequestOffloadingContext
 from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from kvfs_usrbio.blocks import BlockStore
 from kvfs_usrbio.connectors.finding import DEADLINE, Lookups
 from kvfs_usrbio.connectors.keys import Keyring, fingerprint, model_facts
-from kvfs_usrbio.connectors.link import Link
+from kvfs_usrbio.connectors.link import Link, opener
 from kvfs_usrbio.connectors.transfer import TIMEOUT, Load, Loader, Pages, Saver, Staging, Transfers
+from kvfs_usrbio.connectors.vllm.facts import of_model
 
 logger = init_logger("vllm.kvfs")
 
@@ -62,7 +64,25 @@ class _Lookups(AsyncLookupManager):
 
 
 class KvfsTier(SecondaryTierManager):
-    """`where` and `namespace` as KvfsConnector's."""
+def _of_model(name: str, version: str | None) -> dict[str, object]:
+    """What is known of the model here: all of it if vLLM's configuration is at hand, else its name, and whoever set it up says
+    with `version` which weights these are, how they were loaded and what was overridden."""
+    config = get_current_vllm_config_or_none()
+    if config is not None:
+        if config.lora_config is not None:
+            raise ValueError(
+                "KvfsTier: vLLM's hashes name an adapter, not its weights: with LoRA nothing can be stored"
+            )
+        return of_model(config)
+    if version is None and not os.path.isdir(name):
+        raise ValueError(
+            f'KvfsTier: {name} is no local directory, and which weights it stands for is not known here: give the tier a "version", to'
+            " be changed with the weights and with how they are loaded"
+        )
+    return {"model": model_facts(name, None, None)}
+
+
+    """`where`, `namespace` and `version` as KvfsConnector's."""
 
     medium: ClassVar[Medium] = Medium.STORAGE
 
@@ -72,7 +92,8 @@ class KvfsTier(SecondaryTierManager):
         primary_kv_view: memoryview,
         tier_type: str,
         where: str,
-        namespace: str = "default/vllm",
+        namespace: str | None = None,
+        version: str | None = None,
         load_buffer_mib: int = 64,
         save_buffer_mib: int = 128,
         backpressure_detector: Any = None,
@@ -84,17 +105,17 @@ class KvfsTier(SecondaryTierManager):
         self._pages = Pages(pieces, primary_kv_view, stride=self._row)
         mapper = FileMapper.from_offloading_spec("", offloading_spec, offloading_spec.blocks_per_chunk)
         facts = {
-            "format": 1,
+            "format": 2,
             "engine": ["vllm tier", *vllm.__version__.split(".")[:2]],
-            "model": model_facts(offloading_spec.config.model.name, None, None),
+            **_of_model(offloading_spec.config.model.name, version),
+            "version": version,
             "run": {name: value for name, value in mapper.get_run_config().items() if name != "model_name"},
             "row": self._row,
             "layout": offloading_spec.config.kv_cache_layout,
         }
         self._keyring = Keyring(fingerprint(facts), 1, len(self._pages.sizes))
 
-        def connect() -> BlockStore:
-            return BlockStore.open(where, namespace)
+        connect = opener(where, namespace, "default/vllm")
 
         def link(size: int) -> Link[Transfers]:
             def transfers() -> Transfers:

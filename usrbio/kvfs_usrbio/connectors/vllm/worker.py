@@ -37,8 +37,9 @@ class Outcome:
     failures: int = 0
 
 
-def pages_of(tensors: Mapping[str, Any], blocks: int) -> Pages:
-    """The memory of these KV tensors, of which each holds all blocks of one layer. ValueError if it is not such memory."""
+def pages_of(tensors: Mapping[str, Any], blocks: int, parts: int) -> Pages:
+    """The memory of these KV tensors, of which each holds all blocks of one layer. ValueError if it is not such memory, or
+    cannot be stored in so many parts."""
     layers: list[tuple[int, int]] = []
     known: set[int] = set()
     for name, tensor in tensors.items():
@@ -52,7 +53,7 @@ def pages_of(tensors: Mapping[str, Any], blocks: int) -> Pages:
         if tensor.data_ptr() not in known:  # layers may share one cache
             known.add(tensor.data_ptr())
             layers.append((int(tensor.data_ptr()), int(tensor.nbytes) // blocks))
-    return Pages(layers, list(tensors.values()))
+    return Pages(layers, list(tensors.values()), parts=parts)
 
 
 class Worker:
@@ -75,9 +76,7 @@ class Worker:
         self.trace: Callable[[dict[str, Any]], None] | None = None
 
     def register(self, tensors: Mapping[str, Any], blocks: int) -> None:
-        pages = pages_of(tensors, blocks)
-        if len(pages.sizes) != self._keyring.parts:
-            raise ValueError(f"a block has {len(pages.sizes)} parts here and {self._keyring.parts} for the scheduler")
+        pages = pages_of(tensors, blocks, self._keyring.parts)
         s = self._settings
         # A whole step's blocks twice: one step's are stored while the next one's are computed.
         step = -(-s.step_tokens // s.block_tokens) * pages.block_bytes
