@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from commands import kvfs, running_for_a_test
+from commands import kill_daemon, kvfs, running_for_a_test, stopped
 from kvfs_usrbio import BlockStore
 from kvfs_usrbio.connectors import transfer
 from kvfs_usrbio.connectors.finding import Finder, Lookups
@@ -31,6 +30,7 @@ from kvfs_usrbio.connectors.keys import (
 )
 from kvfs_usrbio.connectors.link import Link
 from kvfs_usrbio.connectors.transfer import Load, Loader, Pages, Saver, Staging, Transfers
+from kvfs_usrbio.connectors.vllm import planner as vllm_planner
 from kvfs_usrbio.connectors.vllm.planner import Plan, Planner, Remembered
 from waiting import freeze, wait_for
 
@@ -325,6 +325,29 @@ def test_after_a_reset_nothing_stored_before_is_found() -> None:
     assert step(plans).salt
 
 
+def test_what_could_not_be_loaded_is_asked_for_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an engine that stores nothing, too."""
+    monkeypatch.setattr(vllm_planner, "BAD_S", 0.2)
+    shelf, request = Shelf(), Asked("a", 4 * BLOCK + 1)
+    shelf.there.update(RING.of_all(request.block_hashes))
+    plans = planner(shelf, saves=False)
+    plans.outcome(request.block_hashes[:1], [], 1)
+    assert plans.match(request, 0) == (0, False)
+    time.sleep(0.3)
+    assert plans.match(request, 0) == (4 * BLOCK, False)
+
+
+def test_blocks_lost_with_a_connection_are_saved_when_they_come_again() -> None:
+    plans, request = planner(Shelf()), Asked("a", 3 * BLOCK)
+    plans.allocated(request, [], 0)
+    step(plans, ("a", 3 * BLOCK))
+    plans.outcome([], [], 0, lost=True)
+    plans.finished("a")
+    again = Asked("b", 3 * BLOCK)
+    plans.allocated(again, [], 0)
+    assert step(plans, ("b", 3 * BLOCK)).save_hashes == request.block_hashes
+
+
 def test_memory_of_hashes_is_bounded() -> None:
     known = Remembered(3)
     for i in range(10):
@@ -385,12 +408,13 @@ def test_each_part_of_a_block_goes_to_its_layers_and_comes_from_them(stride: int
             assert layers[i][2 * step :] == expected[i][2 * step :]
 
 
-def link_to(directory: Path, slots: int, part: int) -> Link[Transfers]:
-    def connect() -> Transfers:
-        store = BlockStore.open(directory, "test/connectors")
-        return Transfers(store, store.queue(), Staging.of(store, slots * 16384, part))
+def staged(directory: Path, size: int, part: int) -> Transfers:
+    store = BlockStore.open(directory, "test/connectors")
+    return Transfers(store, store.queue(), Staging.of(store, size, part))
 
-    return Link(connect)
+
+def link_to(directory: Path, slots: int, part: int) -> Link[Transfers]:
+    return Link(lambda: staged(directory, slots * 16384, part))
 
 
 def key(i: int) -> list[bytes]:
@@ -435,7 +459,7 @@ def test_a_value_of_another_length_is_of_no_use(directory: Path) -> None:
 
 
 def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it goes on, what it had not yet answered changes nothing in the pages."""
+    """Without anything that waits for it, and when it goes on, what it had not yet answered changes nothing in the pages."""
     monkeypatch.setattr(transfer, "TIMEOUT", 0.5)
     memory = Memory()
     memory.paint(0)
@@ -445,21 +469,90 @@ def test_a_kvfs_that_hangs_is_given_up_and_found_again(directory: Path, monkeypa
     first = loader.link.wait(10)
     assert saver.save([0], key).dropped == []
     assert saver.drain(10)
-    pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
-    try:
-        freeze(pid)
+    with stopped(directory):
+        begun = time.monotonic()
         assert load(loader, [b"key 0"], [1]).failed == {0}
         assert loader.link.lost == 1
         assert saver.save([0], lambda i: [b"another"]).dropped == []
         assert not saver.drain(5)
         assert saver.link.lost == 1
-    finally:
-        os.kill(pid, signal.SIGCONT)
+        assert saver.lost == 1
+        assert time.monotonic() - begun < 5  # of which each waited 0.5 s
     wait_for(lambda: not load(loader, [b"key 0"], [2]).failed, 30)
     assert loader.link.current() is not first
     assert memory.block(2) == memory.block(0)
     assert memory.block(1) == Memory().block(1)
     loader.close()
+
+
+def test_a_scheduler_does_not_wait_for_a_kvfs_that_hangs(directory: Path) -> None:
+    def connect() -> Lookups:
+        store = BlockStore.open(directory, "test/connectors")
+        return Lookups(store, store.queue())
+
+    finder = Finder(Link(connect))
+    assert finder.link.wait(10)
+    with stopped(directory):
+        begun, longest = time.monotonic(), 0.0
+        while (asked := time.monotonic()) - begun < 20:
+            found = finder.find("one", [b"a"])
+            longest = max(longest, time.monotonic() - asked)
+            if found is not None:
+                break
+        assert found == []
+        assert finder.link.lost == 1
+        assert longest < 1
+        assert time.monotonic() - begun < 5
+        begun = time.monotonic()
+        finder.link.close()
+        assert time.monotonic() - begun < 1
+
+
+def test_a_load_finds_the_kvfs_that_was_started_again(directory: Path) -> None:
+    memory = Memory()
+    memory.paint(0)
+    saver = Saver(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    loader = Loader(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    assert saver.link.wait(10)
+    assert loader.link.wait(10)
+    assert saver.save([0], key).dropped == []
+    assert saver.drain(10)
+    kill_daemon(directory)
+    kvfs("up", "--dir", directory, "--detach")
+    assert load(loader, [b"key 0"], [1]).failed == set()
+    assert memory.block(1) == memory.block(0)
+    loader.close()
+
+
+def test_only_time_in_which_somebody_looked_counts_against_kvfs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps of an engine nobody does, however long they take."""
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.2)
+    monkeypatch.setattr(transfer, "GAP", 0.05)
+    memory = Memory()
+    saver = Saver(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    assert saver.link.wait(10)
+    with stopped(directory):
+        assert saver.save([0, 1], key).dropped == []
+        time.sleep(0.5)
+        saver.reap()
+        assert saver.link.lost == 0
+    assert saver.drain(10)
+    assert (saver.stored, saver.lost) == (2, 0)
+
+
+def test_more_values_than_a_ring_takes_are_stored_at_once_too(directory: Path) -> None:
+    """What the ring has no room for is handed over by those who look."""
+    layer = (ctypes.c_char * (600 * 100))()
+    pages = Pages([(ctypes.addressof(layer), 100)], layer)
+    saver = Saver(Link(lambda: staged(directory, 600 * 4096, 100)), pages)
+    assert saver.link.wait(10)
+    assert saver.save(range(600), key).dropped == []
+    for _ in range(10):
+        time.sleep(0.1)
+        saver.reap()
+    assert saver.stored == 600
 
 
 def test_saves_that_find_no_room_are_dropped_not_waited_for(directory: Path) -> None:
@@ -500,6 +593,45 @@ def test_a_link_comes_back_and_holds_nobody_up() -> None:
     may.set()
     wait_for(lambda: link.current() is not None, 20)
     assert len(tries) == 3
+
+
+class Useless:
+    """A connection that can be opened, and nothing else."""
+
+    def __init__(self) -> None:
+        self.store = self.queue = self
+        self.alive = True
+
+    def abandon(self) -> None:
+        pass
+
+    def fail(self, error: OSError) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_kvfs_that_opens_but_does_not_work_is_tried_less_and_less_often() -> None:
+    opened: list[float] = []
+
+    def connect() -> Any:
+        opened.append(time.monotonic())
+        return Useless()
+
+    link: Link[Any] = Link(connect)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 1.2:
+        connection = link.current()
+        if connection is not None:
+            link.lose(connection, "no answer")
+        time.sleep(0.005)
+    assert 3 <= len(opened) <= 6  # after 0, 0, 0.1, 0.3, 0.7 s
+    while link.current() is None:
+        time.sleep(0.01)
+    link.worked()
+    link.lose(link.current(), "no answer")
+    assert link.wait(5) is not None  # at once
 
 
 def test_a_finder_says_what_is_there_and_nothing_without_kvfs(directory: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from kvfs_usrbio.queue import Operation, Queue
 ALIGN: Final = 4096
 BATCH_BYTES: Final = 6 << 20  # of one operation: small enough that copying begins early
 TIMEOUT: Final = 10.0  # seconds without progress, after which kvfs is given up
+RENEWAL: Final = 1.0  # seconds that a load waits for another connection if its own has gone before it began
+GAP: Final = 1.0  # of the seconds between two looks at what is being stored, as many count: between steps nobody looks
 MAX_LOADS: Final = 4096
 
 
@@ -159,7 +161,7 @@ class Loader:
 
     def _run(self) -> None:
         while (load := self._todo.get()) is not None:
-            connection = self.link.current()
+            connection = self.link.renewed(RENEWAL)
             left = set(range(len(load.blocks)))
             try:
                 if connection is not None:
@@ -186,6 +188,7 @@ class Loader:
             while not flight.operation.done:
                 queue.wait(TIMEOUT)
             got = flight.operation.result()
+            self.link.worked()
             load.waited += time.monotonic() - begun
             begun = time.monotonic()
             arrived: list[tuple[list[int], list[int]]] = [([], []) for _ in range(parts)]
@@ -224,18 +227,18 @@ class Loader:
 
 @dataclass(slots=True)
 class Saved:
-    """What one call of Saver.save did, and what has ended since the one before."""
+    """What one call of Saver.save did."""
 
     dropped: list[int] = field(default_factory=list[int])  # indices of the blocks that were not taken
     bytes: int = 0  # taken
     copied: float = 0.0  # seconds
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Put:
     operation: Operation
     slots: list[int]
-    since: float
+    blocks: int
 
 
 class Saver:
@@ -245,10 +248,13 @@ class Saver:
     def __init__(self, link: Link[Transfers], pages: Pages) -> None:
         self.link = link
         self._pages = pages
-        self._puts: deque[_Put] = deque()
+        self._puts: list[_Put] = []
         self._connection: Transfers | None = None
+        self._looked = 0.0  # when it was last looked whether something has ended
+        self._silent = 0.0  # seconds since something has
         self.stored = 0  # values that kvfs has taken, or had
         self.refused = 0  # values that it has not: no space, and the like
+        self.lost = 0  # blocks that were taken, and went with their connection before kvfs had them
 
     def save(self, blocks: Sequence[int], keys: Callable[[int], Sequence[bytes]]) -> Saved:
         """`keys`: of the parts of the i-th of these blocks."""
@@ -256,47 +262,51 @@ class Saver:
         saved = Saved()
         begun = time.monotonic()
         connection = self.link.current()
-        parts = len(self._pages.sizes)
+        parts, each = len(self._pages.sizes), self._pages.block_bytes
         if connection is None:
             saved.dropped.extend(range(len(blocks)))
             return saved
         if self._connection is not connection:
-            self._puts.clear()
+            self._forget()
             self._connection = connection
         staging = connection.staging
         batch: list[tuple[bytes, memoryview, int]] = []
-        size = 0
+        taken = submitted = 0  # blocks
         try:
             for i, block in enumerate(blocks):
                 if staging.free < parts:
-                    saved.dropped.append(i)
-                    continue
+                    break
                 for part, key in enumerate(keys(i)):
                     slot = staging.take()
                     self._pages.gather([block], part, [staging.address(slot)])
                     batch.append((key, staging.view(slot, self._pages.sizes[part]), slot))
-                size += self._pages.block_bytes
-                saved.bytes += self._pages.block_bytes
-                if size >= BATCH_BYTES:
-                    self._submit(connection, batch)
-                    batch, size = [], 0
-            self._submit(connection, batch)
+                taken += 1
+                if (taken - submitted) * each >= BATCH_BYTES:
+                    self._submit(connection, batch, taken - submitted)
+                    batch, submitted = [], taken
+            if batch:
+                self._submit(connection, batch, taken - submitted)
+            submitted = taken
         except OSError as error:
             self._lose(error)
+        saved.dropped.extend(range(submitted, len(blocks)))
+        saved.bytes = submitted * each
         saved.copied = time.monotonic() - begun
         return saved
 
-    def _submit(self, connection: Transfers, batch: Sequence[tuple[bytes, memoryview, int]]) -> None:
-        if batch:
-            keys, values = [key for key, _, _ in batch], [value for _, value, _ in batch]
-            operation = connection.store.submit_put(connection.queue, keys, values)
-            self._puts.append(_Put(operation, [slot for _, _, slot in batch], time.monotonic()))
+    def _submit(self, connection: Transfers, batch: Sequence[tuple[bytes, memoryview, int]], blocks: int) -> None:
+        keys, values = [key for key, _, _ in batch], [value for _, value, _ in batch]
+        operation = connection.store.submit_put(connection.queue, keys, values)
+        if not self._puts:
+            self._silent, self._looked = 0.0, time.monotonic()
+        self._puts.append(_Put(operation, [slot for _, _, slot in batch], blocks))
 
     def evict(self, keys: Sequence[bytes]) -> None:
         """Values that are damaged make room for good ones."""
         connection = self.link.current()
         if connection is not None and keys:
             try:
+                connection.queue.poll()  # nobody else asks for what has ended if nothing is stored
                 connection.store.submit_evict(connection.queue, keys)
             except OSError as error:
                 self.link.lose(connection, error)
@@ -307,14 +317,22 @@ class Saver:
         if connection is None or not self._puts:
             return
         try:
-            connection.queue.poll()
-            while self._puts and self._puts[0].operation.done:
-                put = self._puts.popleft()
+            while connection.queue.poll():  # which also hands over what had no room in the ring
+                pass
+            ended = [put for put in self._puts if put.operation.done]
+            for put in ended:
                 for status in put.operation.result():
                     self.stored += status >= 0
                     self.refused += status < 0
                 connection.staging.give(put.slots)
-            if self._puts and time.monotonic() - self._puts[0].since > TIMEOUT:
+                self._puts.remove(put)
+            now = time.monotonic()
+            self._silent += min(now - self._looked, GAP)
+            self._looked = now
+            if ended:
+                self.link.worked()
+                self._silent = 0.0
+            if self._puts and self._silent > TIMEOUT:
                 raise TimeoutError(f"nothing was stored within {TIMEOUT:g} s")
         except OSError as error:
             self._lose(error)
@@ -331,4 +349,8 @@ class Saver:
         if self._connection is not None:
             self.link.lose(self._connection, error)
         self._connection = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.lost += sum(put.blocks for put in self._puts)
         self._puts.clear()

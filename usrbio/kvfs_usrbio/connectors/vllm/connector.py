@@ -64,7 +64,12 @@ class KvfsWorkerMetadata(KVConnectorWorkerMetadata):
         assert isinstance(other, KvfsWorkerMetadata)
         mine, theirs = self.outcome, other.outcome
         return KvfsWorkerMetadata(
-            Outcome(mine.failed | theirs.failed, mine.dropped | theirs.dropped, max(mine.failures, theirs.failures))
+            Outcome(
+                mine.failed | theirs.failed,
+                mine.dropped | theirs.dropped,
+                mine.lost or theirs.lost,
+                max(mine.failures, theirs.failures),
+            )
         )
 
 
@@ -338,7 +343,7 @@ class KvfsConnector(KVConnectorBase_V1):
         metadata = connector_output.kv_connector_worker_meta
         if isinstance(metadata, KvfsWorkerMetadata):
             outcome = metadata.outcome
-            self._planner.outcome(outcome.failed, outcome.dropped, outcome.failures)
+            self._planner.outcome(outcome.failed, outcome.dropped, outcome.failures, outcome.lost)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._planner is not None

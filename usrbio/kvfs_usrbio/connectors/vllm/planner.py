@@ -6,7 +6,9 @@ new request, at kvfs through a Finder, which does not wait.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any, Final, Protocol
 from kvfs_usrbio.connectors.keys import Keyring
 
 REMEMBERED: Final = 1 << 16  # hashes of blocks that are thought to be stored, and of ones that could not be loaded
+BAD_S: Final = 10.0  # seconds for which a block that could not be loaded is not asked for
 
 
 class Request(Protocol):
@@ -61,20 +64,22 @@ class _State:
 
 
 class Remembered:
-    """The latest hashes, so many at most."""
+    """The latest hashes, so many at most, each for so many seconds."""
 
-    def __init__(self, most: int = REMEMBERED) -> None:
+    def __init__(self, most: int = REMEMBERED, seconds: float = math.inf) -> None:
         self._most = most
-        self._hashes: OrderedDict[bytes, None] = OrderedDict()
+        self._seconds = seconds
+        self._hashes: OrderedDict[bytes, float] = OrderedDict()
 
     def __contains__(self, block: bytes) -> bool:
-        return block in self._hashes
+        added = self._hashes.get(block)
+        return added is not None and time.monotonic() - added < self._seconds
 
     def __len__(self) -> int:
         return len(self._hashes)
 
     def add(self, block: bytes) -> None:
-        self._hashes[block] = None
+        self._hashes[block] = time.monotonic()
         self._hashes.move_to_end(block)
         if len(self._hashes) > self._most:
             self._hashes.popitem(last=False)
@@ -115,7 +120,7 @@ class Planner:
         self._running: set[str] = set()  # in the latest step, as far as they have not ended
         self._seen = 0
         self.stored = Remembered()
-        self.bad = Remembered()
+        self.bad = Remembered(seconds=BAD_S)
         self.asked = 0  # blocks
         self.found = 0
 
@@ -204,9 +209,12 @@ class Planner:
             self.bad.discard(block)
         state.saved = full
 
-    def outcome(self, failed: Iterable[bytes], dropped: Iterable[bytes], failures: int) -> None:
-        """What the workers say: blocks that could not be loaded are not asked for again until they have been stored again.
-        `failures`: loads of the worker that failed so far."""
+    def outcome(self, failed: Iterable[bytes], dropped: Iterable[bytes], failures: int, lost: bool = False) -> None:
+        """What the workers say: blocks that could not be loaded are not asked for again until they have been stored again, or
+        BAD_S seconds have passed. `failures`: loads of the worker that failed so far. `lost`: a connection went with blocks
+        that nobody can name any more; any of those that were to be stored may be missing."""
+        if lost:
+            self.stored.clear()
         self._seen = max(self._seen, failures)
         for block in failed:
             self.bad.add(block)

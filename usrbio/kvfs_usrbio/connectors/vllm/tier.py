@@ -56,6 +56,7 @@ class _Lookups(AsyncLookupManager):
             while not operation.done:
                 connection.queue.wait(max(until - time.monotonic(), 0.001))
             statuses = operation.result()
+            self.link.worked()
         except OSError as error:
             self.link.lose(connection, error)
             return [False] * len(keys)
@@ -63,7 +64,6 @@ class _Lookups(AsyncLookupManager):
         return [min(statuses[i : i + parts]) > 0 for i in range(0, len(statuses), parts)]
 
 
-class KvfsTier(SecondaryTierManager):
 def _of_model(name: str, version: str | None) -> dict[str, object]:
     """What is known of the model here: all of it if vLLM's configuration is at hand, else its name, and whoever set it up says
     with `version` which weights these are, how they were loaded and what was overridden."""
@@ -82,6 +82,7 @@ def _of_model(name: str, version: str | None) -> dict[str, object]:
     return {"model": model_facts(name, None, None)}
 
 
+class KvfsTier(SecondaryTierManager):
     """`where`, `namespace` and `version` as KvfsConnector's."""
 
     medium: ClassVar[Medium] = Medium.STORAGE
@@ -213,8 +214,8 @@ def _of_model(name: str, version: str | None) -> dict[str, object]:
                 answered = self._saver.drain(TIMEOUT)
                 if not answered or not saved.bytes:
                     break
-            ok = answered and not left and self._saver.refused == 0
-            self._saver.refused = self._saver.stored = 0
+            ok = answered and not left and self._saver.refused == self._saver.lost == 0
+            self._saver.refused = self._saver.stored = self._saver.lost = 0
             self._stored.put(JobResult(job.job_id, ok, None, time.monotonic() - begun, moved))
             self._stores.task_done()
         self._stores.task_done()

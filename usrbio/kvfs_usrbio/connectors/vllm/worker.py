@@ -30,10 +30,12 @@ class Settings:
 
 @dataclass(slots=True)
 class Outcome:
-    """For the scheduler's side, since the last one. `failures`: loads that failed since the start."""
+    """For the scheduler's side, since the last one. `lost`: more was dropped, of what had been taken in earlier steps.
+    `failures`: loads that failed since the start."""
 
     failed: set[bytes] = field(default_factory=set[bytes])
     dropped: set[bytes] = field(default_factory=set[bytes])
+    lost: bool = False
     failures: int = 0
 
 
@@ -146,6 +148,10 @@ class Worker:
         if saver.stored or saver.refused:
             self._count(stored_values=saver.stored, refused_values=saver.refused)
             saver.stored = saver.refused = 0
+        if saver.lost:
+            self._count(save_dropped_blocks=saver.lost)
+            self._outcome.lost = True
+            saver.lost = 0
 
     def finished_loads(self) -> set[str]:
         """Requests whose later loads have ended since the last call."""
@@ -160,7 +166,7 @@ class Worker:
 
     def outcome(self) -> Outcome | None:
         """If there is something to say."""
-        if not self._outcome.failed and not self._outcome.dropped:
+        if not self._outcome.failed and not self._outcome.dropped and not self._outcome.lost:
             return None
         outcome, self._outcome = self._outcome, Outcome()
         outcome.failures = self._failures
