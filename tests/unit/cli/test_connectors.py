@@ -35,6 +35,15 @@ def test_each_engine_with_its_version_and_flags(tmp_path: Path) -> None:
     transfer = json.loads(value)
     assert transfer["kv_load_failure_policy"] == "recompute"
     assert transfer["kv_connector_extra_config"] == {"where": "/mnt/kvfs", "namespace": "acme/llama"}
+    others = {name: [way["text"] for way in one["others"]] for name, one in found.items()}
+    tier = json.loads(shlex.split(others["vllm"][0])[1])["kv_connector_extra_config"]["secondary_tiers"][0]
+    assert (tier["type"], tier["where"], tier["namespace"]) == ("KvfsTier", "/mnt/kvfs", "acme/llama")
+    server, engine, inside, configuration = others["lmcache"]
+    assert shlex.split(server)[-2:] == shlex.split(found["lmcache"]["flags"])
+    port = json.loads(shlex.split(engine)[1])["kv_connector_extra_config"]["lmcache.mp.port"]
+    assert f"--port {port} " in server
+    assert json.loads(shlex.split(inside)[1])["kv_connector"] == "LMCacheConnectorV1"
+    assert '  remote_storage_plugin.kvfs.path: "/mnt/kvfs"' in configuration.splitlines()
 
 
 def test_text_has_the_flags_too(tmp_path: Path) -> None:
