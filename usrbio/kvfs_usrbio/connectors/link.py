@@ -105,7 +105,8 @@ class Link(Generic[C]):
             self._current = None
             self.lost += 1
             self._later()
-        logger.warning("kvfs is not there (%s): the engine computes everything itself until it is back", why)
+        # As text: an error that a log keeps holds the frames it came through, and the connection in them.
+        logger.warning("kvfs is not there (%s): the engine computes everything itself until it is back", str(why))
         give_up(connection.store)
         connection.queue.fail(OSError(GONE))
 
@@ -125,7 +126,7 @@ class Link(Generic[C]):
             connection = self._open()
         except Exception as error:  # whatever it is, the engine goes on without
             if self._pause <= FIRST_PAUSE:
-                logger.warning("no kvfs: %s; it is tried again every %g s", error, LAST_PAUSE)
+                logger.warning("no kvfs: %s; it is tried again every %g s", str(error), LAST_PAUSE)
         with self._lock:
             self._opening = None
             if connection is not None and not self._closed:
