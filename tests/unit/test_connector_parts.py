@@ -500,6 +500,7 @@ def test_a_scheduler_does_not_wait_for_a_kvfs_that_hangs(directory: Path) -> Non
     opens(finder.link)
     with stopped(directory):
         begun, longest = time.monotonic(), 0.0
+        found: list[int] | None = None
         while (asked := time.monotonic()) - begun < 20:
             found = finder.find("one", [b"a"])
             longest = max(longest, time.monotonic() - asked)
