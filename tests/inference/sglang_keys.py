@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false
 """Keys of KvfsHiCache under published arguments of SGLang, run by SGLang's own Python:
 
-    python sglang_keys.py DIRECTORY MODEL [MODEL...]
+    python sglang_keys.py WHERE MODEL [MODEL...]
 
 Prints one line of JSON: for each case its key for the same page, or why it is refused. The cases are MODEL alone, the first of
 them with other arguments, and `none` where SGLang has published nothing.
