@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -101,8 +101,8 @@ def kill_daemon(directory: Path) -> None:
 
 
 @contextmanager
-def stopped(directory: Path) -> Generator[None]:
-    """Its daemon hangs meanwhile: none of its threads runs."""
+def stopped(directory: Path) -> Generator[int]:
+    """Its daemon, of which this is the process, hangs meanwhile: none of its threads runs."""
     pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -111,9 +111,10 @@ def stopped(directory: Path) -> Generator[None]:
         while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        yield
+        yield pid
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def wait_gone(pid: int, seconds: float = 30) -> None:

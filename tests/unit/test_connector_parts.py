@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from commands import kill_daemon, kvfs, running_for_a_test, stopped
+from commands import kill_daemon, kvfs, running_for_a_test, stopped, wait_gone
 from kvfs_usrbio import BlockStore
 from kvfs_usrbio.connectors import transfer
 from kvfs_usrbio.connectors.finding import Finder, Lookups
@@ -529,6 +530,25 @@ def test_a_load_finds_the_kvfs_that_was_started_again(directory: Path) -> None:
     assert load(loader, [b"key 0"], [1]).failed == set()
     assert memory.block(1) == memory.block(0)
     loader.close()
+
+
+def test_stores_notice_at_once_that_kvfs_has_gone(directory: Path) -> None:
+    memory = Memory()
+    saver = Saver(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
+    opens(saver.link)
+    with stopped(directory) as pid:
+        assert saver.save([0, 1], key).dropped == []
+        os.kill(pid, signal.SIGKILL)
+        wait_gone(pid)
+        saver.reap()
+        assert (saver.link.lost, saver.lost) == (1, 2)
+    kvfs("up", "--dir", directory, "--detach")
+    opens(saver.link)
+    assert saver.save([0], key).dropped == []
+    assert saver.drain(10)
+    kill_daemon(directory)
+    assert saver.save([1], key).dropped == [0]
+    assert (saver.link.lost, saver.lost) == (2, 2)
 
 
 def test_only_time_in_which_somebody_looked_counts_against_kvfs(

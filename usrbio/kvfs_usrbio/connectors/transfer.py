@@ -261,7 +261,7 @@ class Saver:
         self.reap()
         saved = Saved()
         begun = time.monotonic()
-        connection = self.link.current()
+        connection = self.link.renewed(0)
         parts, each = len(self._pages.sizes), self._pages.block_bytes
         if connection is None:
             saved.dropped.extend(range(len(blocks)))
@@ -332,6 +332,8 @@ class Saver:
             if ended:
                 self.link.worked()
                 self._silent = 0.0
+            elif not connection.store.alive:  # which polling does not notice
+                raise OSError(errno.EREMOTEIO, "the kvfs daemon is gone")
             if self._puts and self._silent > TIMEOUT:
                 raise TimeoutError(f"nothing was stored within {TIMEOUT:g} s")
         except OSError as error:
