@@ -196,6 +196,50 @@ def test_killed_daemon_is_an_error_in_bounded_time(daemon: Daemon) -> None:
             store.exists([b"k"])
 
 
+def test_a_daemon_that_hangs_can_be_given_up(daemon: Daemon) -> None:
+    """Nothing waits for it then, and what was shared with it stays readable."""
+    store = BlockStore.open(daemon.directory, lanes=3, timeout=None)
+    buffer = store.alloc(1 << 20)
+    buffer.view[:] = b"x" * len(buffer)
+    queue = store.queue()
+    assert store.alive
+    errors: list[OSError] = []
+
+    def ask(store: BlockStore) -> None:
+        try:
+            store.exists([b"k"])
+        except OSError as error:
+            errors.append(error)
+
+    daemon.process.send_signal(signal.SIGSTOP)
+    os.waitpid(daemon.process.pid, os.WUNTRACED)  # until it has
+    try:
+        threads = [threading.Thread(target=ask, args=(store,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        waiting = store.submit_exists(queue, [b"k"])
+        time.sleep(0.1)
+        begun = time.monotonic()
+        store.abandon()
+        for thread in threads:
+            thread.join(20)
+        assert [error.errno for error in errors] == [errno.EREMOTEIO] * 3
+        queue.wait(20)
+        with pytest.raises(OSError, match="daemon is gone"):
+            waiting.result()
+        assert not store.alive
+        with pytest.raises(OSError, match="daemon is gone"):
+            store.alloc(4096)
+        store.close()
+        del queue, waiting, threads
+        assert bytes(buffer.view[:3]) == b"xxx"
+        del buffer, store
+        gc.collect()
+        assert time.monotonic() - begun < 5
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+
+
 def test_garbage_in_a_cycle_is_freed_in_any_order(daemon: Daemon) -> None:
     for _ in range(50):
         store = BlockStore.open(daemon.directory)
