@@ -53,6 +53,11 @@ class Server:
         return [self.url, f"shm://{self.directory.name}"] if self.shm else [self.url]
 
     @property
+    def listens(self) -> list[str]:
+        """Where it really does, if that is not where the map says."""
+        return self.urls
+
+    @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
@@ -195,7 +200,7 @@ def cluster_of(servers: Sequence[Callable[[Path], Server]], *, more: str = "") -
             server = make(directory)
             entries = entries.with_target(server.urls)
             server.config.write_text(
-                f'cluster = "{made.file}"\nlisten = {json.dumps(server.urls)}\nauth_key = "{made.key}.pub"\n'
+                f'cluster = "{made.file}"\nlisten = {json.dumps(server.listens)}\nauth_key = "{made.key}.pub"\n'
                 f'admin = "127.0.0.1:{server.admin}"\nbuffers = "64M"\nkeep = 5.0\n{more}'
                 f'[[device]]\npath = "{server.device}"\nsize = "{SIZE}"\nmemory = "16M"\n'
             )
