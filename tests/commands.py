@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvfs.mount import service
-from waiting import wait_for
+from waiting import freeze, wait_for
 
 KVFS = (sys.executable, "-m", "kvfs")
 
@@ -104,13 +104,8 @@ def kill_daemon(directory: Path) -> None:
 def stopped(directory: Path) -> Generator[int]:
     """Its daemon, of which this is the process, hangs meanwhile: none of its threads runs."""
     pid = int(json.loads(kvfs("status", "--dir", directory, "--json"))["pid"])
-    os.kill(pid, signal.SIGSTOP)
     try:
-        deadline = time.monotonic() + 20
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        freeze(pid)
         yield pid
     finally:
         with suppress(ProcessLookupError):

@@ -33,7 +33,7 @@ from kvfs_usrbio.connectors.link import Link
 from kvfs_usrbio.connectors.transfer import Load, Loader, Pages, Saver, Staging, Transfers
 from kvfs_usrbio.connectors.vllm import planner as vllm_planner
 from kvfs_usrbio.connectors.vllm.planner import Plan, Planner, Remembered
-from waiting import freeze, wait_for
+from waiting import wait_for
 
 BLOCK = 16
 FACTS = fingerprint({"model": "one"})
