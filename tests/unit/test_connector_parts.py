@@ -536,17 +536,22 @@ def test_stores_notice_at_once_that_kvfs_has_gone(directory: Path) -> None:
     memory = Memory()
     saver = Saver(link_to(directory, 8, memory.pages.block_bytes), memory.pages)
     opens(saver.link)
+    connection = saver.link.current()
     with stopped(directory) as pid:
         assert saver.save([0, 1], key).dropped == []
         os.kill(pid, signal.SIGKILL)
         wait_gone(pid)
+        wait_for(lambda: connection is not None and not connection.store.alive, 20)
         saver.reap()
         assert (saver.link.lost, saver.lost) == (1, 2)
     kvfs("up", "--dir", directory, "--detach")
     opens(saver.link)
     assert saver.save([0], key).dropped == []
     assert saver.drain(10)
+    connection = saver.link.current()
+    assert connection is not None
     kill_daemon(directory)
+    wait_for(lambda: not connection.store.alive, 20)  # the kernel may still be closing the process's sockets
     assert saver.save([1], key).dropped == [0]
     assert (saver.link.lost, saver.lost) == (2, 2)
 
