@@ -175,7 +175,8 @@ def test_full_and_evicting(
 
 def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, directory: Path, tmp_path: Path) -> None:
     """Batches of requests that share prefixes, with chunked prefill, aborts, vLLM's own prefix cache beside kvfs and so few
-    blocks that requests are preempted and its prefix cache is soon overwritten; each output is compared with a recomputation."""
+    blocks that requests are preempted and its prefix cache is soon overwritten; each output is compared with a recomputation.
+    In bfloat16 two tokens' logits are equal now and then, and which one is said depends on how a prompt is cut: so not here."""
     source = random.Random(4)
     pieces = [prompt(100 + i, source.choice((128, 256, 300))) for i in range(5)]
 
@@ -184,7 +185,7 @@ def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, di
         return made + prompt(source.randrange(1000, 1010), source.randrange(1, 200))
 
     batches = [[any_prompt() for _ in range(source.randrange(2, 7))] for _ in range(8)]
-    with engine(vllm, model, tmp_path / "alone", None) as one:
+    with engine(vllm, model, tmp_path / "alone", None, dtype="float32") as one:
         wanted = [tokens(one.generate(batch)) for batch in batches]
     loaded = 0
     for attempt in range(2):
@@ -193,6 +194,7 @@ def test_random_requests_with_shared_prefixes(vllm: Environment, model: Path, di
             model,
             tmp_path / f"log{attempt}",
             connector(directory),
+            dtype="float32",
             max_num_batched_tokens=512,
             enable_prefix_caching=True,
             num_gpu_blocks_override=34,
