@@ -240,6 +240,12 @@ class RemoteMemoryTest : public RemoteNodeTest {
  protected:
   static constexpr uint32_t kLen = 65536, kBlocks = 16;
   static constexpr uint64_t kSize = uint64_t{kLen} * kBlocks;
+  void SetUp() override {
+    RemoteNodeTest::SetUp();
+#if defined(__SANITIZE_THREAD__)
+    GTEST_SKIP() << "a mapping replaced in a SIGBUS handler is beyond ThreadSanitizer's model";
+#endif
+  }
   struct Client {
     kvfs_client* c = nullptr;
     kvfs_ring* r = nullptr;
@@ -305,9 +311,6 @@ class RemoteMemoryTest : public RemoteNodeTest {
     return n;
   }
   void truncated_memory_hurts_nobody_else() {
-#if defined(__SANITIZE_THREAD__)
-    GTEST_SKIP() << "a mapping replaced in a SIGBUS handler is beyond ThreadSanitizer's model";
-#endif
     ASSERT_EQ(begin(issuer_.make({kAll})), 0);
     ASSERT_EQ(kvfs_node_ns_put(node_, "t", "cache", kCacheNs, 1, KVFS_ANY_UID), 0);
     Client good(sock_);
