@@ -1,231 +1,17 @@
-// Errors of RDMA devices that none at hand makes: the client's end of a connection on a table of verbs that is made up
-// here, for its error paths only. Runs everywhere.
-#include <sys/eventfd.h>
-#include <unistd.h>
-
-#include <deque>
-
+// Errors of RDMA devices that none at hand makes: the client's end of a connection on a table of verbs that is made up, for
+// its error paths only. rdma_server_fault_test.cpp has the server's. Runs everywhere.
+#include "rdma_fake.h"
 #include "rdma_fixture.h"
 
 namespace kvfs {
 namespace {
 
-// One device, one connection; what fails, and what completes, the test says.
-struct Fake {
-  ibv_device device{};
-  ibv_device* list[2] = {&device, nullptr};
-  ibv_context context{};
-  ibv_pd pd{};
-  ibv_comp_channel channel{};
-  ibv_cq cq{};
-  ibv_qp qp{};
-  rdma_event_channel events{};
-  rdma_cm_id id{};
-  std::deque<rdma_cm_event_type> cm;
-  std::deque<ibv_wc> completions;
-  std::deque<ibv_async_event> async;
-  std::deque<ibv_mr> mrs;
-  std::vector<uint64_t> sent;  // ids
-  std::vector<uint64_t> receives;
-  uint64_t receive_at = 0;
-  int regs = 0, fail_reg_at = -1, reg_errno = ENOMEM;
-  int qps = 0, fail_qps = 0;
-  int post_send = 0, poll = 0, modify_at = -1, modifies = 0;
-  int live_mrs = 0, live_qps = 0, live_cqs = 0, live_ids = 0, live_channels = 0;
-  ibv_port_state port = IBV_PORT_ACTIVE;
-
-  Fake() {
-    context.async_fd = eventfd(0, EFD_NONBLOCK);
-    channel.fd = eventfd(0, EFD_NONBLOCK);
-    events.fd = eventfd(0, EFD_NONBLOCK);
-    std::strcpy(device.name, "fake0");
-    context.device = &device;
-    id.verbs = &context;
-    id.port_num = 1;
-    qp.qp_num = 5;
-  }
-  ~Fake() {
-    for (const int fd : {context.async_fd, channel.fd, events.fd}) close(fd);
-  }
-  static void ring(int fd) {
-    const uint64_t one = 1;
-    EXPECT_EQ(write(fd, &one, sizeof one), ssize_t(sizeof one));
-  }
-  static bool rung(int fd) {
-    uint64_t n;
-    return read(fd, &n, sizeof n) > 0;
-  }
-  void complete(ibv_wc wc) {
-    completions.push_back(wc);
-    ring(channel.fd);
-  }
-  void complete_sent(ibv_wc_status status) {
-    ibv_wc wc{};
-    wc.wr_id = sent.empty() ? 0 : sent.back();
-    wc.status = status;
-    complete(wc);
-  }
-  void tell(ibv_event_type type) {
-    ibv_async_event e{};
-    e.event_type = type;
-    if (type == IBV_EVENT_CQ_ERR) {
-      e.element.cq = &cq;
-    } else if (type == IBV_EVENT_PORT_ERR) {
-      e.element.port_num = 1;
-    } else {
-      e.element.qp = &qp;
-    }
-    async.push_back(e);
-    ring(context.async_fd);
-  }
-};
-
-Fake* fake = nullptr;  // of the test that runs
-
-int again() {
-  errno = EAGAIN;
-  return -1;
-}
-
-VerbsTable table() {
-  VerbsTable t;
-  t.get_device_list = [](int* n) {
-    *n = 1;
-    return fake->list;
-  };
-  t.free_device_list = [](ibv_device**) {};
-  t.get_device_name = [](ibv_device* d) -> const char* { return d->name; };
-  t.open_device = [](ibv_device*) { return &fake->context; };
-  t.close_device = [](ibv_context*) { return 0; };
-  t.query_device = [](ibv_context*, ibv_device_attr* a) {
-    *a = {};
-    a->max_qp_wr = 1024;
-    a->max_qp_rd_atom = 16;
-    a->phys_port_cnt = 1;
-    return 0;
-  };
-  t.query_port = [](ibv_context*, uint8_t, ibv_port_attr* a) {
-    *a = {};
-    a->state = fake->port;
-    return 0;
-  };
-  t.get_async_event = [](ibv_context*, ibv_async_event* e) {
-    Fake::rung(fake->context.async_fd);
-    if (fake->async.empty()) return again();
-    *e = fake->async.front();
-    fake->async.pop_front();
-    return 0;
-  };
-  t.ack_async_event = [](ibv_async_event*) {};
-  t.alloc_pd = [](ibv_context*) { return &fake->pd; };
-  t.dealloc_pd = [](ibv_pd*) { return 0; };
-  t.reg_mr = [](ibv_pd*, void* p, size_t n, int) -> ibv_mr* {
-    if (fake->regs++ == fake->fail_reg_at) {
-      errno = fake->reg_errno;
-      return nullptr;
-    }
-    ++fake->live_mrs;
-    fake->mrs.push_back({});
-    fake->mrs.back().addr = p;
-    fake->mrs.back().length = n;
-    return &fake->mrs.back();
-  };
-  t.dereg_mr = [](ibv_mr*) {
-    --fake->live_mrs;
-    return 0;
-  };
-  t.create_comp_channel = [](ibv_context*) {
-    ++fake->live_channels;
-    return &fake->channel;
-  };
-  t.destroy_comp_channel = [](ibv_comp_channel*) {
-    --fake->live_channels;
-    return 0;
-  };
-  t.create_cq = [](ibv_context*, int, void*, ibv_comp_channel*, int) {
-    ++fake->live_cqs;
-    return &fake->cq;
-  };
-  t.destroy_cq = [](ibv_cq*) {
-    --fake->live_cqs;
-    return 0;
-  };
-  t.get_cq_event = [](ibv_comp_channel*, ibv_cq** cq, void**) {
-    if (!Fake::rung(fake->channel.fd)) return again();
-    *cq = &fake->cq;
-    return 0;
-  };
-  t.ack_cq_events = [](ibv_cq*, unsigned) {};
-  t.create_qp = [](ibv_pd*, ibv_qp_init_attr*) -> ibv_qp* {
-    if (fake->qps++ < fake->fail_qps) {
-      errno = ENOMEM;
-      return nullptr;
-    }
-    ++fake->live_qps;
-    return &fake->qp;
-  };
-  t.modify_qp = [](ibv_qp*, ibv_qp_attr*, int) { return fake->modifies++ == fake->modify_at ? EINVAL : 0; };
-  t.destroy_qp = [](ibv_qp*) {
-    --fake->live_qps;
-    return 0;
-  };
-  t.req_notify_cq = [](ibv_cq*, int) { return 0; };
-  t.poll_cq = [](ibv_cq*, int n, ibv_wc* wc) {
-    if (fake->poll != 0) return fake->poll;
-    int got = 0;
-    for (; got < n && !fake->completions.empty(); ++got) {
-      wc[got] = fake->completions.front();
-      fake->completions.pop_front();
-    }
-    return got;
-  };
-  t.post_send = [](ibv_qp*, ibv_send_wr* wr, ibv_send_wr**) {
-    if (fake->post_send != 0) return fake->post_send;
-    for (; wr != nullptr; wr = wr->next) fake->sent.push_back(wr->wr_id);
-    return 0;
-  };
-  t.post_recv = [](ibv_qp*, ibv_recv_wr* wr, ibv_recv_wr**) {
-    for (; wr != nullptr; wr = wr->next) fake->receives.push_back(wr->wr_id);
-    return 0;
-  };
-  t.create_event_channel = [] { return &fake->events; };
-  t.destroy_event_channel = [](rdma_event_channel*) {};
-  t.create_id = [](rdma_event_channel*, rdma_cm_id** id, void*, rdma_port_space) {
-    ++fake->live_ids;
-    *id = &fake->id;
-    return 0;
-  };
-  t.destroy_id = [](rdma_cm_id*) {
-    --fake->live_ids;
-    return 0;
-  };
-  t.resolve_addr = [](rdma_cm_id*, sockaddr*, sockaddr*, int) {
-    fake->cm = {RDMA_CM_EVENT_ADDR_RESOLVED, RDMA_CM_EVENT_ROUTE_RESOLVED, RDMA_CM_EVENT_CONNECT_RESPONSE};
-    return 0;
-  };
-  t.resolve_route = [](rdma_cm_id*, int) { return 0; };
-  t.connect = [](rdma_cm_id*, rdma_conn_param*) { return 0; };
-  t.establish = [](rdma_cm_id*) { return 0; };
-  t.disconnect = [](rdma_cm_id*) { return 0; };
-  t.init_qp_attr = [](rdma_cm_id*, ibv_qp_attr*, int*) { return 0; };
-  t.get_cm_event = [](rdma_event_channel*, rdma_cm_event** out) {
-    static rdma_cm_event e;
-    Fake::rung(fake->events.fd);
-    if (fake->cm.empty()) return again();
-    e = {};
-    e.event = fake->cm.front();
-    fake->cm.pop_front();
-    *out = &e;
-    return 0;
-  };
-  t.ack_cm_event = [](rdma_cm_event*) { return 0; };
-  return t;
-}
+using Call = FakeRdma::Call;
 
 class RdmaFault : public ::testing::Test {
  protected:
   void SetUp() override {
-    fake = &f;
+    f.stalled = true;
     ASSERT_TRUE(Uring::create({}, &uring));
     ASSERT_TRUE(RdmaDevice::open(verbs, "fake0", RdmaDevice::Role::Client, {}, &device));
     ASSERT_EQ(device->attach(*uring), 0);
@@ -233,12 +19,7 @@ class RdmaFault : public ::testing::Test {
   void TearDown() override {
     channel.reset();
     device.reset();
-    EXPECT_EQ(f.live_mrs, 0) << "nothing stays registered";
-    EXPECT_EQ(f.live_qps, 0);
-    EXPECT_EQ(f.live_cqs, 0);
-    EXPECT_EQ(f.live_ids, 0);
-    EXPECT_EQ(f.live_channels, 0);
-    fake = nullptr;
+    f.expect_nothing_left();
   }
   int connect(std::unique_ptr<RdmaConnection>* c) {
     RdmaDial d;
@@ -277,8 +58,8 @@ class RdmaFault : public ::testing::Test {
     EXPECT_EQ(late.result, err);
   }
 
-  Fake f;
-  const VerbsTable verbs = table();
+  FakeRdma f;
+  const VerbsTable verbs = FakeRdma::table();
   Memory memory{3 * 65536};
   std::unique_ptr<Uring> uring;
   std::unique_ptr<RdmaDevice> device;
@@ -288,33 +69,30 @@ class RdmaFault : public ::testing::Test {
 
 TEST_F(RdmaFault, EveryStepOfMakingAConnectionMayFail) {
   std::unique_ptr<RdmaConnection> c;
-  f.fail_qps = 4;  // however little is asked for
+  f.fail(Call::CreateQp, ENOMEM, 0, 4);  // however little is asked for
   EXPECT_EQ(connect(&c), -ENOMEM);
-  f.fail_qps = 0;
   for (int i = 0; i < 2; ++i) {
-    f.fail_reg_at = f.regs + i;
+    f.fail(Call::RegMr, ENOMEM, i);
     EXPECT_EQ(connect(&c), -ENOMEM);
   }
-  f.fail_reg_at = -1;
   for (int i = 0; i < 3; ++i) {
-    f.modify_at = f.modifies + i;
+    f.fail(Call::ModifyQp, EINVAL, i);
     EXPECT_EQ(connect(&c), -EINVAL);
   }
-  f.modify_at = -1;
   f.port = IBV_PORT_DOWN;
   EXPECT_EQ(connect(&c), -ENETDOWN);
   EXPECT_EQ(c, nullptr);
 }
 
 TEST_F(RdmaFault, ADeviceThatGivesLessInlineIsUsed) {
-  f.fail_qps = 2;
+  f.fail(Call::CreateQp, ENOMEM, 0, 2);
   std::unique_ptr<RdmaConnection> c;
   EXPECT_EQ(connect(&c), 0);
 }
 
 TEST_F(RdmaFault, AFailedRegistrationFailsItsOperationAlone) {
   open();
-  f.fail_reg_at = f.regs;
+  f.fail(Call::RegMr, ENOMEM);
   channel->flush(1);
   EXPECT_EQ(ops[2].times, 1u);
   EXPECT_EQ(ops[2].result, -ENOMEM);
@@ -349,7 +127,7 @@ TEST_F(RdmaFault, AnUnusedRegistrationMakesRoomForANewOne) {
 
 TEST_F(RdmaFault, APostThatFailsEndsTheChannel) {
   open();
-  f.post_send = ENOMEM;
+  f.qps.back()->post_send = ENOMEM;
   channel->flush(1);
   expect_all_back(-ENOMEM);
 }
@@ -364,7 +142,7 @@ TEST_F(RdmaFault, CompletionsWithErrorsEndTheChannel) {
   for (const auto& [status, err] : cases) {
     SCOPED_TRACE(int(status));
     open();
-    f.complete_sent(status);
+    f.finish(f.qps.back(), status);
     expect_all_back(err);
     channel.reset();
   }
@@ -394,8 +172,8 @@ TEST_F(RdmaFault, AMessageThatIsNoMessageEndsTheChannel) {
 
 TEST_F(RdmaFault, ABrokenCompletionQueueEndsTheChannel) {
   open();
-  f.poll = -1;
-  Fake::ring(f.channel.fd);
+  f.cqs.back()->broken = true;
+  FakeRdma::ring(f.channels.back()->fd);
   expect_all_back(-EIO);
 }
 
@@ -417,8 +195,7 @@ TEST_F(RdmaFault, EventsOfTheDeviceEndTheChannel) {
 
 TEST_F(RdmaFault, TheDevicesRemovalEndsTheChannel) {
   open();
-  f.cm.push_back(RDMA_CM_EVENT_DEVICE_REMOVAL);
-  Fake::ring(f.events.fd);
+  f.tell(f.events.back(), RDMA_CM_EVENT_DEVICE_REMOVAL);
   expect_all_back(-ENODEV);
 }
 
@@ -427,15 +204,11 @@ TEST_F(RdmaFault, AConnectionOfADownPortGoesWhenItIsUpAgain) {
   f.port = IBV_PORT_DOWN;
   f.tell(IBV_EVENT_PORT_ERR);
   expect_all_back(-ENETDOWN);
-  EXPECT_EQ(f.live_ids, 1) << "no goodbye is sent into a port that is down";
+  EXPECT_EQ(f.ids.size(), 1u) << "no goodbye is sent into a port that is down";
   f.port = IBV_PORT_ACTIVE;
-  ibv_async_event e{};
-  e.event_type = IBV_EVENT_PORT_ACTIVE;
-  e.element.port_num = 1;
-  f.async.push_back(e);
-  Fake::ring(f.context.async_fd);
-  for (int i = 0; i < 5 && f.live_ids != 0; ++i) uring->submit_and_wait(100'000'000);
-  EXPECT_EQ(f.live_ids, 0);
+  f.tell(IBV_EVENT_PORT_ACTIVE);
+  for (int i = 0; i < 5 && !f.ids.empty(); ++i) uring->submit_and_wait(100'000'000);
+  EXPECT_TRUE(f.ids.empty());
 }
 
 }  // namespace

@@ -152,7 +152,8 @@ int RdmaConnection::start(Uring& uring, User& user) {
   for (const int p : polls_)
     if (p < 0) return p;
   wake_at(0);  // what came before
-  return device_.dead() ? -ENODEV : 0;
+  if (device_.dead()) return -ENODEV;
+  return shape_.receives == 0 ? device_.repost(nullptr, 0) : 0;  // without any nothing would ever come
 }
 
 RdmaConnection::~RdmaConnection() {

@@ -102,13 +102,16 @@ int RdmaDevice::open_shared_receives() {
 }
 
 int RdmaDevice::repost(const uint32_t* slots, uint32_t n) {
-  for (uint32_t i = 0; i < n; ++i) {
-    ibv_sge sge{uintptr_t(received(slots[i])), kRequestBytes, receives_.mr()->lkey};
+  unposted_.insert(unposted_.end(), slots, slots + n);
+  while (!unposted_.empty()) {
+    const uint32_t slot = unposted_.back();
+    ibv_sge sge{uintptr_t(received(slot)), kRequestBytes, receives_.mr()->lkey};
     ibv_recv_wr wr{}, *bad = nullptr;
-    wr.wr_id = RdmaConnection::kReceive | slots[i];
+    wr.wr_id = RdmaConnection::kReceive | slot;
     wr.sg_list = &sge;
     wr.num_sge = 1;
     if (const int err = verbs_.post_srq_recv(srq_, &wr, &bad); err != 0) return -err;
+    unposted_.pop_back();
   }
   return 0;
 }

@@ -94,7 +94,8 @@ class RdmaDevice {
   // Null: the device has none, or this is a client's.
   ibv_srq* srq() const { return srq_; }
   const uint8_t* received(uint32_t slot) const { return receives_.base() + size_t{slot} * kRequestBytes; }
-  int repost(const uint32_t* slots, uint32_t n);  // 0 or -errno
+  // 0 or -errno: those that could not be posted are tried again with the next ones.
+  int repost(const uint32_t* slots, uint32_t n);
 
   bool port_active(uint8_t port) const;
   // A connection's end while its port is down: the RDMA CM would say goodbye into nothing, and the management queue pair of
@@ -127,6 +128,7 @@ class RdmaDevice {
   ibv_srq* srq_ = nullptr;
   ibv_device_attr attr_{};
   RdmaBuffer receives_;
+  std::vector<uint32_t> unposted_;
   std::unique_ptr<RdmaMemory> memory_;
   Uring* uring_ = nullptr;
   int poll_ = -1;
