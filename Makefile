@@ -6,7 +6,8 @@
 #   make format    rewrite what ruff and clang-format can
 #   make test-posix  the file system suites; PJDFSTEST=DIR FSX=FILE FSSTRESS=FILE MDTEST=FILE FILEBENCH=FILE name
 #                  installed copies of those that Debian lacks
-#   make test-rdma  RDMA between soft-RoCE devices in a virtual machine (QEMU and a Debian kernel, kept in build/rdma-vm)
+#   make test-rdma  RDMA between soft-RoCE devices in a virtual machine (QEMU and a Debian kernel, kept in build/rdma-vm), which
+#                  may run for RDMA_VM_SECONDS
 #   make interop   other projects' programs, pinned and as released, on a kvfs mount (INTEROP_CACHE: where they are kept);
 #                  FIO_USRBIO=FILE and HF3FS_USRBIO_TEST=FILE name what the registries lack of 3FS's own
 #   make test-engines  kvfs's connectors in the real engines, pinned (ENGINES_CACHE: where these are kept)
@@ -105,7 +106,7 @@ test-rdma: setup
 	@$(MAKE) --no-print-directory $(STAMPS)/apt-rdma || echo "packages are missing: the tests that need them are skipped"
 	cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release >build/native.log || { cat build/native.log; exit 1; }
 	cmake --build build/native -j $(JOBS) --target rdma_test rdma_failure_test rdma_node_test rdma_bench
-	$(BIN)/python -m pytest --timeout=300 -rs tests/rdma_vm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -rs tests/rdma_vm $(PYTEST_ARGS)
 
 # Their environments are kept in INTEROP_CACHE. The wheel is built as a user would build it.
 interop: setup

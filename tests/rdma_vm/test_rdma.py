@@ -9,8 +9,21 @@ from pathlib import Path
 
 import pytest
 import vm
+from budget import Done, Guest
 
 BUILD = Path(os.environ.get("KVFS_NATIVE_BUILD", vm.REPOSITORY / "build" / "native"))
+LEAST = {"rdma_test": 6, "rdma_failure_test": 6, "rdma_node_test": 3}
+"""Tests that each has, at least."""
+ROUNDS = 1  # of each measurement
+
+
+@pytest.fixture(scope="module")
+def native(guest: Guest) -> dict[str, Done]:
+    """All of it in one boot, which takes as long as many a test."""
+    commands = {name: [str(BUILD / name), "--gtest_brief=1"] for name in LEAST}
+    script = Path(__file__).with_name("bandwidth.sh")
+    commands["bandwidth"] = ["bash", str(script), str(BUILD / "rdma_bench"), str(ROUNDS)]
+    return guest.run("native", commands)
 
 
 def passed(output: str) -> int:
@@ -18,25 +31,20 @@ def passed(output: str) -> int:
     return int(found[1]) if found is not None and "[  SKIPPED ]" not in output else 0
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("name", "least"), [("rdma_test", 6), ("rdma_failure_test", 6), ("rdma_node_test", 3)])
-def test_native(name: str, least: int) -> None:
-    outcome = vm.run([str(BUILD / name), "--gtest_brief=1"], timeout=280)
-    assert outcome.status == 0, outcome.output + outcome.console
-    assert passed(outcome.output) >= least, f"all of it ran and nothing was skipped\n{outcome.output}"
+@pytest.mark.parametrize("name", LEAST)
+def test_native(native: dict[str, Done], name: str) -> None:
+    output = native[name].text()
+    assert passed(output) >= LEAST[name], f"all of it ran and nothing was skipped\n{output}"
 
 
-@pytest.mark.timeout(300)
-def test_bandwidth_beside_perftest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bandwidth_beside_perftest(native: dict[str, Done], capsys: pytest.CaptureFixture[str]) -> None:
     """Prints a table; whether it is fast is for who reads it: the machine is emulated."""
-    script = Path(__file__).with_name("bandwidth.sh")
-    outcome = vm.run(["bash", str(script), str(BUILD / "rdma_bench")], timeout=280)
-    assert outcome.status == 0, outcome.output + outcome.console
     figures: dict[tuple[str, int], list[float]] = {}
-    for line in outcome.output.splitlines():
+    output = native["bandwidth"].text()
+    for line in output.splitlines():
         what, size, value = shlex.split(line)
         figures.setdefault((what, int(size)), []).append(float(value))
-    assert {what for what, _ in figures} == {"kvfs", "ib_write_bw", "ib_read_bw"}, outcome.output
+    assert {what for what, _ in figures} == {"kvfs", "ib_write_bw", "ib_read_bw"}, output
     with capsys.disabled():
         print()
         for size in sorted({size for _, size in figures}):
