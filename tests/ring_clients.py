@@ -255,7 +255,7 @@ class Pages(Work):
 
 
 @contextmanager
-def working(namespace: str, place: Path, deadline: float) -> Generator[list[Work]]:
+def clients_at_work(namespace: str, place: Path, deadline: float) -> Generator[list[Work]]:
     """Ring clients of all kinds, and a program on the mount beside them; their files are in `place`, on a mount whose daemon has
     this deadline."""
     mount = io.extract_mount_point(str(place))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 from urllib.error import HTTPError, URLError
 
 from commands import KVFS
@@ -33,6 +34,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+class Process(Protocol):
+    """Of subprocess.Popen what is needed of a server's."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
 @dataclass
 class Server:
     """One `kvfs serve chunk`; `start` it, also again after a kill."""
@@ -40,7 +53,7 @@ class Server:
     directory: Path
     port: int
     admin: int
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     shm: bool = False
 
     @property

@@ -32,13 +32,13 @@ from ring_clients import (
     SIZE,
     STEPS,
     Way,
+    clients_at_work,
     go_on,
     new_ring,
     old_ring,
     plain,
     wait_until,
     within,
-    working,
 )
 
 DEADLINE = 3.0  # of the mount daemon's operations on the servers
@@ -198,7 +198,7 @@ def test_ring_clients_outlive_a_server_that_fails_and_go_on_when_it_is_back(
     pid = mount.pid()
     place = mount.point / os.urandom(8).hex()
     place.mkdir()
-    with working("acme/kept", place, DEADLINE) as works:
+    with clients_at_work("acme/kept", place, DEADLINE) as works:
         go_on(works)
         bring_back = fail(mount.cluster.servers[0])
         try:

@@ -10,31 +10,53 @@ import filecmp
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starter import Starter
 
 from cluster.servers import Cluster, Server, free_port, new_key
-from commands import attempt_kvfs, kvfs, run
+from commands import run
 from kvfs import daemon
 from kvfs.cluster import file
 from kvfs.cluster.map import Class
 from kvfs.mount import service
 from kvfs.node import RailStats
 from kvfs_usrbio import MISS, BlockStore
+from ring_clients import CHUNK, Way, clients_at_work, go_on, new_ring, old_ring, plain
 from waiting import wait_for
 
 ADDRESSES = ("10.90.0.3", "10.90.0.4")
 SIZES = (4096, 16384, 16385, 65536, (1 << 20) + 1, 5 << 20, 16 << 20)
 CALL_S = 60.0  # the machine is emulated
 WAIT_S = 90.0
+RING_S = 8.0  # of a mount daemon's operations on the server
+SLOW_S = 20.0
+CONNECTIONS = 2  # over each rail, as `remote.connections` says
 
 
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    made = Starter()
+    yield made
+    made.end()
+
+
+@dataclass(kw_only=True)
 class FabricServer(Server):
+    starter: Starter
+
+    def launch(self) -> None:
+        self.process = self.starter.start(["serve", "chunk", "--config", self.config], self.directory / "log")
+
     @property
     def url(self) -> str:
         return f"tcp://{ADDRESSES[0]}:{self.port}"
@@ -45,10 +67,10 @@ class FabricServer(Server):
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[Cluster]:
+def one(starter: Starter) -> Iterator[Cluster]:
     place = Path(tempfile.mkdtemp(prefix="kvfs-", dir="/var/tmp"))
     made = Cluster(place, [])
-    server = FabricServer(place, 7117, free_port())
+    server = FabricServer(place, 7117, free_port(), starter=starter)
     made.servers.append(server)
     listen = [server.url, *(f"rdma://{address}:7118" for address in ADDRESSES)]
     new_key(made.key)
@@ -58,8 +80,10 @@ def one() -> Iterator[Cluster]:
         f'[[device]]\npath = "{server.device}"\nsize = "256M"\nmemory = "16M"\n'
     )
     entries = file.ClusterFile(file.ClusterSection(1, 256)).with_target(listen)
-    for name, cls in (("cache", Class.CACHE), ("kept", Class.DURABLE), ("home", Class.VOLUME), ("work", Class.VOLUME)):
+    for name, cls in (("cache", Class.CACHE), ("kept", Class.DURABLE)):
         entries = entries.with_namespace("acme", name, cls)
+    for name in ("home", "work", "rings"):
+        entries = entries.with_namespace("acme", name, Class.VOLUME)
     file.store(made.file, entries)
     try:
         server.start()
@@ -75,26 +99,46 @@ def over_rdma(no_kvfs_environment: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("KVFS_REMOTE_RAILS", "rxe0,rxe1")
 
 
-@contextmanager
-def mounted(made: Cluster, volume: str, directory: Path) -> Generator[Path]:
-    point = directory.with_name(directory.name + "-mnt")
-    try:
-        kvfs(
-            "mount", made.url(volume), point, "--dir", directory, "--token", made.token(f"{volume}:rw"), "--detach",
-            seconds=WAIT_S,
-        )  # fmt: skip
-        yield point
-    finally:
-        attempt_kvfs("down", "--dir", directory, seconds=WAIT_S)
-        service.unmount(point)
+Mounter = Callable[..., AbstractContextManager[Path]]
+
+
+@pytest.fixture
+def mounted(one: Cluster, starter: Starter, tmp_path: Path) -> Mounter:
+    """mounted(volume, directory, more grants): its mount, by a daemon that is gone afterwards."""
+
+    @contextmanager
+    def mount(volume: str, directory: Path, *grants: str) -> Generator[Path]:
+        point = directory.with_name(directory.name + "-mnt")
+        point.mkdir(exist_ok=True)
+        log = tmp_path / "log"
+        command = ["mount", one.url(volume), point, "--dir", directory, "--token", one.token(f"{volume}:rw", *grants)]
+        daemon = starter.start(command, log)
+        try:
+            wait_for(lambda: service.is_mounted(point) or daemon.poll() is not None, WAIT_S, "it is mounted")
+            assert daemon.poll() is None, log.read_text()
+            yield point
+        finally:
+            daemon.terminate()
+            try:
+                assert daemon.wait(WAIT_S) == 0, log.read_text()
+            finally:
+                daemon.kill()
+                service.unmount(point)
+
+    return mount
+
+
+def status(directory: Path) -> daemon.StatusReport:
+    found = daemon.ask(directory, "status").status
+    assert found is not None
+    return found
 
 
 def rails(directory: Path, device: str) -> list[RailStats]:
-    """Of this device's port, without a process: to start one takes seconds here."""
-    status = daemon.ask(directory, "status").status
-    assert status is not None
-    found = [rail for rail in status.rails if rail.name.endswith(f"@{device}/1")]
-    assert len(found) == len(ADDRESSES), status.rails
+    """Of this device's port."""
+    every = status(directory).rails
+    found = [rail for rail in every if rail.name.endswith(f"@{device}/1")]
+    assert len(found) == len(ADDRESSES), every
     return found
 
 
@@ -140,13 +184,18 @@ def working(once: Callable[[], None]) -> Generator[Work]:
         work.end()
 
 
-def test_the_devices_are_seen_and_would_be_used() -> None:
-    report = json.loads(kvfs("rails", "--json"))
+def test_the_devices_are_seen_and_would_be_used(starter: Starter, tmp_path: Path) -> None:
+    def seen(*options: str) -> dict[str, Any]:
+        log = tmp_path / f"log{len(options)}"
+        assert starter.start(["rails", "--json", *options], log).wait(WAIT_S) == 0, log.read_text()
+        return json.loads(log.read_text())
+
+    report = seen()
     assert report["source"] == "pyverbs", report["note"]
     ports = {port["device"]: port for port in report["ports"]}
     assert set(ports) == {"rxe0", "rxe1", "rxe2", "rxe3"}
     assert all(port["state"] == "active" and port["used"] for port in ports.values())
-    chosen = json.loads(kvfs("rails", "--json", "--devices", "eth0,rxe1/1"))
+    chosen = seen("--devices=eth0,rxe1/1")
     assert [port["device"] for port in chosen["ports"] if port["used"]] == ["rxe0", "rxe1"]
 
 
@@ -176,7 +225,7 @@ def test_blocks_of_all_sizes_come_back_byte_for_byte(one: Cluster) -> None:
     assert one.servers[0].metric("kvfs_server_rdma_total") - transfers >= 2 * (len(SIZES) + 300)
 
 
-def test_files_are_there_after_a_new_mount_and_went_over_both_ports(one: Cluster, tmp_path: Path) -> None:
+def test_files_are_there_after_a_new_mount_and_went_over_both_ports(mounted: Mounter, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     for i in range(20):
@@ -184,10 +233,10 @@ def test_files_are_there_after_a_new_mount_and_went_over_both_ports(one: Cluster
     (tree / "large").write_bytes(os.urandom(12 << 20))
     names = sorted(os.listdir(tree))
     directory = tmp_path / "names"
-    with mounted(one, "home", directory) as point:
+    with mounted("home", directory) as point:
         run("cp", "-a", f"{tree}/.", point)
         assert filecmp.cmpfiles(tree, point, names, shallow=False) == (names, [], [])
-    with mounted(one, "home", directory) as point:
+    with mounted("home", directory) as point:
 
         def all_rails_carry() -> bool:
             Path("/proc/sys/vm/drop_caches").write_text("1")
@@ -195,15 +244,74 @@ def test_files_are_there_after_a_new_mount_and_went_over_both_ports(one: Cluster
             return all(rail.bytes_in > 0 for device in ("rxe0", "rxe1") for rail in rails(directory, device))
 
         wait_for(all_rails_carry, WAIT_S, "every rail has carried something")
-        seen = json.loads(kvfs("status", "--dir", directory, "--json"))["rails"]
-        fast = [rail for rail in seen if rail["transport"] == 2]
+        seen = status(directory).rails
+        fast = [rail for rail in seen if rail.transport == 2]
         assert len(fast) == 4, seen
-        assert all(rail["up"] for rail in fast), seen
-        tcp = [rail for rail in seen if rail["transport"] == 1]
-        assert [(rail["up"], rail["bytes_in"], rail["bytes_out"]) for rail in tcp] == [(1, 0, 0)]
+        assert all(rail.up for rail in fast), seen
+        assert [(r.up, r.bytes_in, r.bytes_out) for r in seen if r.transport == 1] == [(1, 0, 0)]
 
 
-def test_a_cable_that_is_pulled_costs_its_rails_and_nothing_else(one: Cluster, tmp_path: Path) -> None:
+def test_ring_clients_of_a_mount_work_over_rdma_and_outlive_the_server(
+    one: Cluster, mounted: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVFS_REMOTE_DEADLINE", str(RING_S))
+    server = one.servers[0]
+    sizes = (4096, 65537, (1 << 20) + 1, 5 << 20)
+    keys = [os.urandom(32) for _ in sizes]
+    values = [os.urandom(size) for size in sizes]
+    directory = tmp_path / "names"
+    with mounted("rings", directory, "cache:rw", "kept:rw") as point:
+        pid = status(directory).pid
+        moved = server.metric("kvfs_server_rdma_total")
+        with BlockStore.open(point, "acme/cache", timeout=CALL_S) as store:
+            assert store.put(keys, values) == [1] * len(sizes)
+            into = [bytearray(size) for size in sizes]
+            assert store.get(keys, into) == list(sizes)
+            assert into == values
+            for key, value in zip(keys, values, strict=True):
+                assert (point / ".kvfs/blocks/acme/cache" / key.hex()[:2] / key.hex()).read_bytes() == value
+            buffer = store.alloc(64 * 4096)
+            buffer.view[:] = whole = os.urandom(len(buffer))
+            many = [b"ring-%02d" % i for i in range(64)]
+            assert store.put_from(many, buffer, 4096) == [1] * 64
+            buffer.view[:] = bytes(len(buffer))
+            assert store.get_into(many, buffer, 4096) == [4096] * 64
+            assert bytes(buffer.view) == whole
+            assert store.evict([*keys, *many]) == [0] * (len(sizes) + 64)
+        with old_ring(point / "file") as old, new_ring(point / "file") as new, plain(point / "file") as through:
+            ways: list[Way] = [old, new, through]
+            data = os.urandom(3 * CHUNK + 5000)
+            for i, way in enumerate(ways):
+                at = i * (2 * CHUNK + 100)
+                assert way.write(at, data) == len(data)
+                for other in ways:
+                    assert other.read(at, len(data)) == data
+            new.file.sync()
+        assert server.metric("kvfs_server_rdma_total") - moved >= 2 * (len(sizes) + 64) + 10
+        assert [rail.bytes_in + rail.bytes_out for rail in status(directory).rails if rail.transport == 1] == [0]
+
+        with clients_at_work("acme/kept", point, RING_S + SLOW_S) as works:
+            go_on(works, WAIT_S)
+            server.kill()
+            time.sleep(1)
+            assert status(directory).pid == pid
+            server.start()
+            go_on(works, WAIT_S)
+            server.signal(signal.SIGSTOP)
+            time.sleep(RING_S / 2)
+            assert status(directory).pid == pid
+            server.signal(signal.SIGCONT)
+            go_on(works, WAIT_S)
+        for name in ("new", "old", "plain"):
+            with new_ring(point / name) as way:
+                assert way.write(0, data) == len(data)
+                way.file.sync()
+            with plain(point / name) as way:
+                assert way.read(0, len(data)) == data
+        assert status(directory).pid == pid
+
+
+def test_a_cable_that_is_pulled_costs_its_rails_and_nothing_else(mounted: Mounter, tmp_path: Path) -> None:
     directory = tmp_path / "names"
     data = os.urandom(700_000)
 
@@ -219,9 +327,14 @@ def test_a_cable_that_is_pulled_costs_its_rails_and_nothing_else(one: Cluster, t
     def traffic(device: str) -> int:
         return sum(rail.ops for rail in rails(directory, device))
 
-    with mounted(one, "work", directory) as point, working(round_trip) as work:
+    with mounted("work", directory) as point, working(round_trip) as work:
         work.wait_for_more(3)
-        wait_for(lambda: all(r.up for d in ("rxe0", "rxe1") for r in rails(directory, d)), WAIT_S, "all rails are up")
+        # A request for a connection that goes into a dead port breaks soft-RoCE for good: none is under way.
+        wait_for(
+            lambda: all(r.connections == CONNECTIONS for d in ("rxe0", "rxe1") for r in rails(directory, d)),
+            WAIT_S,
+            "all connections are there",
+        )
         try:
             run("ip", "-n", "fabric", "link", "set", "port1", "down")
             wait_for(lambda: not any(r.up for r in rails(directory, "rxe1")), WAIT_S, "rails are down")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from budget import Guest
 
-TESTS = 5
+TESTS = 6
 
 
 def test_kvfs_over_two_rails(guest: Guest) -> None:
