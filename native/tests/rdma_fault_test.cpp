@@ -102,6 +102,42 @@ TEST_F(RdmaFault, AFailedRegistrationFailsItsOperationAlone) {
   expect_all_back(-ESHUTDOWN);
 }
 
+TEST_F(RdmaFault, MemoryThatIsNotThereIsItsOperationsFault) {
+  open();
+  f.fail(Call::RegMr, EFAULT);
+  channel->flush(1);
+  EXPECT_EQ(ops[2].times, 1u);
+  EXPECT_EQ(ops[2].result, -EFAULT);
+  EXPECT_TRUE(ops[2].unreachable);
+  for (const int device : {ENOMEM, EIO}) {
+    ClientOp op;
+    make_op(&op, wire::Op::Get, 9, memory.p, 65536);
+    channel->submit(&op);
+    f.fail(Call::RegMr, device);
+    channel->flush(1);
+    EXPECT_EQ(op.times, 1u);
+    EXPECT_EQ(op.result, -device);
+    EXPECT_FALSE(op.unreachable);
+  }
+  channel->close();
+  ops.resize(2);
+  expect_all_back(-ESHUTDOWN);
+}
+
+TEST_F(RdmaFault, AConnectionForWhichNoPollIsLeftEnds) {
+  std::vector<int> polls;
+  const int fd = eventfd(0, EFD_NONBLOCK);
+  int handle = 0;
+  while ((handle = uring->add_poll(
+              fd, [](void*, uint32_t) {}, nullptr)) >= 0)
+    polls.push_back(handle);
+  EXPECT_GT(polls.size(), 4000u);
+  open();
+  expect_all_back(handle);
+  for (const int p : polls) uring->remove_poll(p);
+  ::close(fd);
+}
+
 TEST_F(RdmaFault, AnUnusedRegistrationMakesRoomForANewOne) {
   RdmaMemory::Limits limits;
   limits.bytes = 100'000;
