@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing.shared_memory import SharedMemory
@@ -17,6 +17,7 @@ from pathlib import Path
 from cluster.load import ALLOWED, SLACK
 from hf3fs_fuse import io
 from kvfs_usrbio import MISS, BlockStore, File
+from waiting import wait_for
 
 CHUNK = 64 << 10
 SIZE = 24 * CHUNK
@@ -282,14 +283,7 @@ def clients_at_work(namespace: str, place: Path, deadline: float) -> Generator[l
             work.check()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = BACK_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
 def go_on(works: list[Work], seconds: float = BACK_S) -> None:
     """Each of them has two good rounds from now."""
     before = [work.good for work in works]
-    wait_until(lambda: all(w.failure or w.good >= b + 2 for w, b in zip(works, before, strict=True)), seconds)
+    wait_for(lambda: all(w.failure or w.good >= b + 2 for w, b in zip(works, before, strict=True)), seconds)

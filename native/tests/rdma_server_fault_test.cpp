@@ -48,7 +48,7 @@ class RdmaServerFault : public ::testing::TestWithParam<bool> {  // with shared 
     FakeRdma::Cq* cq = nullptr;
     std::unique_ptr<RdmaServerChannel> channel;
     uint64_t batch = 0;
-    size_t seen = 0;                                         // of the queue pair's messages
+    size_t seen = 0;                                           // of the queue pair's messages
     std::map<std::pair<uint64_t, uint16_t>, int64_t> answers;  // by batch and index
     bool pong = false;
   };
@@ -367,9 +367,12 @@ TEST_P(RdmaServerFault, ACompletionQueueThatTellsNothingMoreEndsItsConnection) {
 }
 
 TEST_P(RdmaServerFault, RequestsThatEndWithErrorsEndTheirConnection) {
-  const std::pair<ibv_wc_status, int> cases[] = {{IBV_WC_RETRY_EXC_ERR, -ETIMEDOUT}, {IBV_WC_LOC_PROT_ERR, -EIO},
-                                                 {IBV_WC_REM_ACCESS_ERR, -EPROTO},   {IBV_WC_FATAL_ERR, -EIO},
-                                                 {IBV_WC_REM_OP_ERR, -EREMOTEIO},    {ibv_wc_status(31), -EIO},
+  const std::pair<ibv_wc_status, int> cases[] = {{IBV_WC_RETRY_EXC_ERR, -ETIMEDOUT},
+                                                 {IBV_WC_LOC_PROT_ERR, -EIO},
+                                                 {IBV_WC_REM_ACCESS_ERR, -EPROTO},
+                                                 {IBV_WC_FATAL_ERR, -EIO},
+                                                 {IBV_WC_REM_OP_ERR, -EREMOTEIO},
+                                                 {ibv_wc_status(31), -EIO},
                                                  {IBV_WC_WR_FLUSH_ERR, 0}};  // 0: the client said goodbye
   for (const auto& [status, err] : cases) {
     SCOPED_TRACE(int(status));
@@ -442,7 +445,8 @@ TEST_P(RdmaServerFault, SeveralErrorsAtOnceEndItOnce) {
 }
 
 TEST_P(RdmaServerFault, EventsOfTheDeviceEndAllItsConnections) {
-  std::vector<std::pair<ibv_event_type, int>> cases = {{IBV_EVENT_PORT_ERR, -ENETDOWN}, {IBV_EVENT_DEVICE_FATAL, -ENODEV}};
+  std::vector<std::pair<ibv_event_type, int>> cases = {{IBV_EVENT_PORT_ERR, -ENETDOWN},
+                                                       {IBV_EVENT_DEVICE_FATAL, -ENODEV}};
   if (GetParam()) cases.insert(cases.begin() + 1, {IBV_EVENT_SRQ_ERR, -EIO});
   for (const auto& [type, err] : cases) {
     SCOPED_TRACE(int(type));

@@ -22,6 +22,7 @@ from commands import KVFS
 from kvfs.cluster import capability, file
 from kvfs.cluster.capability import Grant
 from kvfs.cluster.map import Class
+from waiting import freeze
 
 START_S = 60
 STOP_S = 30
@@ -127,8 +128,12 @@ class Server:
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def signal(self, number: int) -> None:
+        """Of SIGSTOP the process has taken notice when this returns."""
         assert self.process is not None
-        self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            freeze(self.process.pid)
+        else:
+            self.process.send_signal(number)
 
     def kill(self) -> None:
         assert self.process is not None

@@ -26,6 +26,7 @@ from hf3fs_fuse import io
 from kvfs import daemon
 from kvfs_usrbio import MISS, BlockStore
 from ring_clients import (
+    BACK_S,
     CHUNK,
     CLIENT_TIMEOUT,
     FILE_ERRORS,
@@ -37,9 +38,9 @@ from ring_clients import (
     new_ring,
     old_ring,
     plain,
-    wait_until,
     within,
 )
+from waiting import wait_for
 
 DEADLINE = 3.0  # of the mount daemon's operations on the servers
 LONG = DEADLINE + 2
@@ -271,7 +272,7 @@ def test_with_all_servers_away_everything_ends_with_a_stated_errno_in_time(
         finally:
             for back in bring_back:
                 back()
-        wait_until(lambda: store.put([os.urandom(32) for _ in range(20)], [b"x"] * 20) == [1] * 20)
+        wait_for(lambda: store.put([os.urandom(32) for _ in range(20)], [b"x"] * 20) == [1] * 20, BACK_S)
         into = bytearray(4096)
         assert store.get([there], [into]) == [4096]
         assert into == data[:4096]
@@ -299,7 +300,7 @@ def test_a_client_that_waits_less_long_than_the_daemon_is_told_when_its_time_is_
             for server in mount.cluster.servers:
                 server.signal(signal.SIGCONT)
         into = bytearray(5)
-        wait_until(lambda: got_in_time(store, there, into))
+        wait_for(lambda: got_in_time(store, there, into), BACK_S)
         assert into == b"value"
 
 
@@ -357,7 +358,7 @@ def test_a_ring_client_killed_while_servers_hang_leaves_the_daemon_well(mount: M
         time.sleep(0.5)
         assert mount.pid() == pid
     with BlockStore.open(mount.point, "acme/cache", timeout=CLIENT_TIMEOUT) as store:
-        wait_until(lambda: store.get([b"1"], [bytearray(100_000)]) == [100_000])
+        wait_for(lambda: store.get([b"1"], [bytearray(100_000)]) == [100_000], BACK_S)
     assert mount.pid() == pid
 
 
