@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import xxhash
 from servers import Cluster, cluster
 
 from kvfs.cluster import file
@@ -166,7 +167,9 @@ def at_each(made: Cluster, count: int) -> list[list[bytes]]:
     out: list[list[bytes]] = [[] for _ in made.servers]
     while any(len(keys) < count for keys in out):
         key = os.urandom(32)
-        target = known.target_of(struct.pack("<BBHI32s", 1, len(key), 0, found.id, key))
+        chunk = struct.pack("<BBHI32s", 1, len(key), 0, found.id, key)
+        slot = xxhash.xxh3_64_intdigest(chunk) & (len(known.slots) - 1)
+        target = known.targets[known.slots[slot]]
         mine = out[next(i for i, s in enumerate(made.servers) if str(target.endpoints[0]) == s.url)]
         if len(mine) < count:
             mine.append(key)
