@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--layout", default="page_first")
+    parser.add_argument("--memory", default="512M")  # kvfs's tier; `file` has all the page cache
     parser.add_argument("--backends", default=",".join(BACKENDS))
     options = parser.parse_args()
     sglang = environment("sglang")
@@ -102,7 +103,7 @@ def main() -> None:
     backends: list[str] = options.backends.split(",")
     found: dict[str, list[Measured]] = {backend: [] for backend in backends}
     try:
-        with running(root / "kv", "--size", "8G") as data:
+        with running(root / "kv", "--size", "8G", "--memory", options.memory) as data:
             place = Place(data, root / "plain", root / "config.json")
             settings = {
                 "file_path_prefix": str(data / "mnt" / "hicache"),

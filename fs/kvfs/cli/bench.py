@@ -228,7 +228,7 @@ def net(
     """Measure a chunk server over loopback TCP and shared memory: small and large blocks from memory, small ones from disk; and
     over two rails.
 
-    Beside it, in turn: Mooncake Store (with --mooncake), iperf3 (which must be installed) with messages of 1 MiB, the same store
+    Beside it, in turn: Mooncake Store (with --mooncake), a plain sender and receiver of messages of 1 MiB, the same store
     over its own ring, and one rail. Rails join network namespaces and are shaped, for which root, iproute2 and util-linux are needed.
     Server, client and peers are processes of their own, started and ended here."""
     from kvfs_tools.bench.net import NetPlan, bench_net

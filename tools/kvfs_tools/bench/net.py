@@ -8,7 +8,6 @@ a ratio the median of the rounds' ratios. Owns the processes it starts.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import statistics
 import subprocess
@@ -19,10 +18,10 @@ from typing import IO
 
 import msgspec
 
-from kvfs_tools.bench import rails
+from kvfs_tools.bench import plain_pair, rails
 from kvfs_tools.bench.chunkserver import ChunkServer, Result, Workers, child, cpu_seconds, free_port, wait_until
 from kvfs_tools.bench.measure import KB4, MB1, Listener
-from kvfs_tools.bench.programs import SLACK_S, BenchError, output
+from kvfs_tools.bench.programs import BenchError
 from kvfs_tools.bench.report import Report, Row, Target, summarise
 from kvfs_tools.bench.scratch import machine, scratch_directory
 from kvfs_tools.hosts import Unavailable
@@ -41,18 +40,6 @@ class NetPlan:
     @property
     def store(self) -> int:
         return 2 * (2 * self.hot + self.cold) + (512 << 20)
-
-
-class _IperfSum(msgspec.Struct, frozen=True):
-    bits_per_second: float
-
-
-class _IperfEnd(msgspec.Struct, frozen=True):
-    sum_received: _IperfSum
-
-
-class _Iperf(msgspec.Struct, frozen=True):
-    end: _IperfEnd
 
 
 class Mooncake:
@@ -105,25 +92,6 @@ def _listens(port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _bound(port: int) -> bool:
-    """Somebody listens on the port; asking by a connection would be taken for the client."""
-    rows = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text().splitlines()]
-    return any(len(row) > 3 and row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
-
-
-def plain(root: Path, seconds: float, say: Callable[[str], None]) -> float:
-    """Bytes a second of iperf3: one connection, messages of 1 MiB, sender and receiver on this machine."""
-    program = shutil.which("iperf3")
-    if program is None:
-        raise BenchError("iperf3 is not installed: apt-get install iperf3")
-    port, log = free_port(), root / "iperf3.log"
-    with child([program, "-s", "-p", str(port), "-1"], log) as s:
-        wait_until("iperf3", s, log, lambda: _bound(port))
-        command = [program, "-c", "127.0.0.1", "-p", str(port), "-l", "1M", "-t", f"{max(1, round(seconds))}", "-J"]
-        say(" ".join(command))
-        return msgspec.json.decode(output(command, seconds + SLACK_S), type=_Iperf).end.sum_received.bits_per_second / 8
 
 
 @dataclass(slots=True)
@@ -179,7 +147,7 @@ def _memory_round(b: _Bench, number: int, small: int, big: int) -> dict[str, flo
             "big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number).per_s),
             "shm big": lambda: of_bytes(b.get(MB1, big, BIG_BATCH, number, shm=True).per_s),
             "peer big": lambda: of_bytes(b.peer(MB1, big, BIG_BATCH, number)),
-            "plain": lambda: plain(b.root, b.plan.seconds, b.listen.command) / 1e6,
+            "plain": lambda: plain_pair.receive(b.plan.hot, BIG_BATCH * MB1, b.plan.seconds) / 1e6,
         },
     )
     return found | in_turn(
@@ -219,7 +187,7 @@ def _from_memory(b: _Bench) -> list[Row]:
             Target(3.0),
             pairs("small", "peer small"),
         ),
-        summarise("net-1m", what, "MB/s", "iperf3, messages of 1 MiB", Target(0.85), pairs("big", "plain")),
+        summarise("net-1m", what, "MB/s", "plain sender and receiver", Target(0.85), pairs("big", "plain")),
         summarise("net-1m-mooncake", "the same", "MB/s", "Mooncake Store", Target(1.2), pairs("big", "peer big")),
         summarise(
             "shm-4k",
