@@ -11,6 +11,7 @@
 #   make interop   other projects' programs, pinned and as released, on a kvfs mount (INTEROP_CACHE: where they are kept);
 #                  FIO_USRBIO=FILE and HF3FS_USRBIO_TEST=FILE name what the registries lack of 3FS's own
 #   make test-engines  kvfs's connectors in the real engines, pinned (ENGINES_CACHE: where these are kept)
+#   make test-engines-quick  the part of it that takes minutes: LMCache's own checks
 #   make sanitize  native tests under ASan+UBSan, the threaded ones under TSan
 #   make fuzz      each fuzzer for FUZZ_SECONDS
 #   make demo      a guided run against a real mount
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup test test-native test-python test-posix test-rdma interop test-engines lint format sanitize fuzz demo clean
+.PHONY: help setup test test-native test-python test-posix test-rdma interop test-engines test-engines-quick lint format sanitize fuzz demo clean
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -115,12 +116,16 @@ interop: setup
 	INTEROP_WHEEL="$$(echo $(CURDIR)/build/interop/kvfs-*.whl)" \
 	  $(BIN)/python -m pytest --timeout=1800 -rs tests/engines tests/interop/test_fio_usrbio.py $(PYTEST_ARGS)
 
+ENGINE_TESTS = tests/inference
 test-engines: setup
 	rm -rf build/engines
 	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/engines .
 	INTEROP_WHEEL="$$(echo $(CURDIR)/build/engines/kvfs-*.whl)" \
 	  INTEROP_CACHE="$${ENGINES_CACHE:-$$HOME/.cache/kvfs-engines}" \
-	  $(BIN)/python -m pytest --timeout=1800 -rs tests/inference $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest --timeout=1800 -rs $(ENGINE_TESTS) $(PYTEST_ARGS)
+
+test-engines-quick: ENGINE_TESTS = tests/inference/test_lmcache_plugins.py
+test-engines-quick: test-engines
 
 lint: setup $(STAMPS)/apt-clang
 	$(BIN)/ruff check $(PY)
