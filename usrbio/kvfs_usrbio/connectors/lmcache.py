@@ -52,6 +52,7 @@ class KvfsConnector(RemoteConnector):
         self._bodies = Values(self._store, Keys({**facts, "part": "body"}))
         self._movers = Workers(WORKERS, "kvfs-lmcache")
         self._questioners = Workers(QUESTIONERS, "kvfs-lmcache-ask")
+        _close_after(self._memory, self._movers)
 
     async def exists(self, key: Any) -> bool:
         return await _ended(self._questioners, lambda: self.exists_sync(key))
@@ -177,6 +178,20 @@ class KvfsAdapter(ConnectorAdapter):
         if where is None:
             raise ValueError(f"extra_config: remote_storage_plugin.{context.plugin_name or PLUGIN}.path is missing")
         return KvfsConnector(where, context, setting("namespace", None), setting("version", ""))
+
+
+def _close_after(memory: Any, movers: Workers) -> None:
+    """LMCache frees its memory before it closes what moves data in and out of it: here it waits, and keeps the memory if
+    kvfs hangs."""
+    close = memory.close
+
+    def closing() -> None:
+        if movers.close():
+            close()
+        else:
+            logger.warning("kvfs: transfers are under way: LMCache's memory is freed when this process ends")
+
+    memory.close = closing
 
 
 def _give_back(job: Future[list[Any]]) -> None:

@@ -20,17 +20,26 @@ class Workers:
     def __init__(self, count: int, name: str) -> None:
         self._todo: queues.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queues.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(count)]
+        self._closed = False
+        self._lock = threading.Lock()  # nothing is added behind what ends the threads
         for thread in self._threads:
             thread.start()
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
+        """What comes after `close` is cancelled."""
         future: Future[Result] = Future()
-        self._todo.put((future, call))
+        with self._lock:
+            if self._closed:
+                future.cancel()
+            else:
+                self._todo.put((future, call))
         return future
 
     def close(self) -> bool:
         """Waits CLOSE_S seconds at most for what is under way, and cancels what has not begun. False: some of it goes on."""
         until = time.monotonic() + CLOSE_S
+        with self._lock:
+            self._closed = True
         while True:
             try:
                 job = self._todo.get_nowait()
