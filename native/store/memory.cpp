@@ -175,36 +175,38 @@ bool StoreImpl::verify_and_keep(const Piece* p, const uint64_t* sums, bool keep)
   return true;
 }
 
-// [from, from + n) of a piece of `len` bytes: its whole pages, and the piece's last one.
-void StoreImpl::keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n) {
+// [from, from + n) of a piece of `len` bytes: its whole pages, and the piece's last one. What is returned is the sum of the
+// copies, if it is asked for and from is a page's start.
+uint64_t StoreImpl::keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n, bool sum) {
+  XXH3_state_t s;
+  if (sum) XXH3_64bits_reset(&s);
   for (auto at = static_cast<uint32_t>(round_up(from, kPage)); at < from + n; at += kPage) {
     const uint32_t want = std::min(kPage, len - at);
     if (at + want > from + n) break;
-    std::memcpy(tier_.fill(id, at / kPage), data + (at - from), want);
+    uint8_t* page = tier_.fill(id, at / kPage);
+    std::memcpy(page, data + (at - from), want);
+    if (sum) XXH3_64bits_update(&s, page, want);
     index_.at(id).set_flag(Entry::kCached, true);
   }
+  return sum ? XXH3_64bits_digest(&s) : 0;
 }
 
-// The bytes of a put or write that is being published.
+// The bytes of a put or write that is being published. A large block is kept too, for whoever continues what was just
+// computed, if that needs no page made first; other large chunks are once they are read twice.
 void StoreImpl::keep_written(const WriteOp* op, const Piece* p, uint32_t id) {
   if (!tier_.on() || (op->r && (op->r->flags & Request::kNoTouch))) return;
-  if (op->total > kKeepAtOnce) {
+  if (op->total > kKeepAtOnce && !(op->sealed && tier_.ready(op->total))) {
     tier_.asked_before(id);
     return;
   }
   const bool ours = p->bounce || op->merged;
-  const uint8_t* data = p->bounce ? static_cast<uint8_t*>(p->bounce) : op->src;
+  const auto* data = static_cast<const uint8_t*>(p->data.mem.ptr);
   const uint64_t* sums = p->tr ? p->tr->sum : &p->csum;
   const uint32_t sub = sub_block(p->len);
   for (uint32_t at = 0; at < p->len; at += sub) {
     const uint32_t n = std::min(sub, p->len - at);
-    const uint8_t* src = data + at;
-    if (!ours) {
-      std::memcpy(copy_.data(), src, n);
-      src = copy_.data();
-      if (xxh3(src, n) != sums[at / sub]) return;  // its owner changed it meanwhile: a read will say what it is worth
-    }
-    keep_pages(id, p->len, at, src, n);
+    const uint64_t sum = keep_pages(id, p->len, at, data + at, n, !ours);
+    if (!ours && sum != sums[at / sub]) return drop_pages(id);  // its owner changed it: a read will say what it is worth
   }
 }
 

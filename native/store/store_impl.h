@@ -196,7 +196,7 @@ class StoreImpl final : public Store {
   bool read_cached(uint32_t id, uint32_t off, uint32_t n, uint8_t* dst, bool touch);
   bool wants_copy(const Piece* p);
   bool verify_and_keep(const Piece* p, const uint64_t* sums, bool keep);
-  void keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n);
+  uint64_t keep_pages(uint32_t id, uint32_t len, uint32_t from, const uint8_t* data, uint32_t n, bool sum = false);
   void keep_written(const struct WriteOp* op, const Piece* p, uint32_t id);
   void drop_pages(uint32_t id);
   bool sum_lent(uint32_t id, uint32_t off, uint32_t n, Lent* out);
