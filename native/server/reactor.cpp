@@ -18,9 +18,10 @@
 namespace kvfs {
 
 namespace {
-constexpr unsigned kDrainBudget =
-    16;                          // SQEs of one ring per turn: small, so that disk, client and we work at the same time
-constexpr unsigned kGroup = 16;  // SQEs whose index lines are prefetched together
+// Of one ring per turn, SQEs and bytes, the last SQE beyond: small, so that disk, client and we work at the same time.
+constexpr unsigned kDrainBudget = 16;
+constexpr uint64_t kDrainBytes = 1u << 20;
+constexpr unsigned kGroup = 16;                                 // SQEs whose index lines are prefetched together
 constexpr uint64_t kShortSpinNs = 4000;                         // less than a sleep and a wake cost
 constexpr uint64_t kMountSpinNs = 60000;                        // as long as a CPU takes to sleep and wake here
 constexpr int kMountTrial = 32, kMountCredit = 64;              // a spin that found nothing costs 4 of them
@@ -287,18 +288,21 @@ unsigned Reactor::drain(Ring* r) {
   static_assert(kGroup <= Store::kPrefetch);
   kvfs_sqe group[kGroup];
   ChunkKey keys[kGroup];
-  for (uint32_t done = 0; done < n;) {
-    uint32_t g = n - done < kGroup ? n - done : kGroup, hints = 0;
-    for (uint32_t i = 0; i < g; ++i) {
-      r->q.take(&group[i]);
-      if (g > 1 && hint(r, group[i], &keys[hints])) ++hints;
+  uint32_t done = 0;
+  for (uint64_t bytes = 0; done < n && bytes < kDrainBytes;) {
+    uint32_t g = 0, hints = 0;
+    for (; g < kGroup && done < n && bytes < kDrainBytes; ++g, ++done) {
+      r->q.take(&group[g]);
+      bytes += group[g].len;
+    }
+    for (uint32_t i = 0; g > 1 && i < g; ++i) {
+      if (hint(r, group[i], &keys[hints])) ++hints;
     }
     store_->prefetch(keys, hints);
     for (uint32_t i = 0; i < g; ++i) dispatch(r, group[i]);
-    done += g;
   }
-  stats_.sqes += n;
-  return n;
+  stats_.sqes += done;
+  return done;
 }
 
 void Reactor::finish(Ring* r, uint64_t user_data, int64_t result) {

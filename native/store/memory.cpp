@@ -206,7 +206,8 @@ void StoreImpl::keep_written(const WriteOp* op, const Piece* p, uint32_t id) {
   for (uint32_t at = 0; at < p->len; at += sub) {
     const uint32_t n = std::min(sub, p->len - at);
     const uint64_t sum = keep_pages(id, p->len, at, data + at, n, !ours);
-    if (!ours && sum != sums[at / sub]) return drop_pages(id);  // its owner changed it: a read will say what it is worth
+    if (!ours && sum != sums[at / sub])
+      return drop_pages(id);  // its owner changed it: a read will say what it is worth
   }
 }
 
