@@ -173,4 +173,19 @@ TEST_F(BatchTest, TruncatedMemoryHurtsNobodyElse) {
   EXPECT_EQ(stats().iovs, 1u);
 }
 
+// Hits are copied in the reactor's turn; what a client can see of them it sees after the turn.
+TEST_F(BatchTest, LargeHitsAreAnsweredATurnEach) {
+  kvfs_iov v;
+  ASSERT_EQ(kvfs_iov_alloc(c_, 8u << 20, 0, &v), 0);
+  memset(v.base, 7, v.size);
+  Keys keys("k", 8, 1 << 20, 0);
+  ASSERT_EQ(kvfs_put(r_, ns_, &v, keys.blocks.data(), 8, 0, 10 * kSec), 8);
+  for (int i = 0; i < 3; ++i) ASSERT_EQ(kvfs_get(r_, ns_, &v, keys.blocks.data(), 8, 10 * kSec), 8);
+  const auto before = stats();
+  ASSERT_EQ(kvfs_get(r_, ns_, &v, keys.blocks.data(), 8, 10 * kSec), 8);
+  const auto after = stats();
+  EXPECT_EQ(after.mem_hits - before.mem_hits, 8u);
+  EXPECT_GE(after.turns - before.turns, 8u);
+}
+
 }  // namespace
