@@ -197,5 +197,8 @@ class Workers:
     ) -> Result:
         command = self.command(op, size, count, batch=batch, seconds=seconds, seed=seed, remote=remote)
         self.say(" ".join(command))
-        how = {"KVFS_SHM_DIR": str(self.server.root), "KVFS_REMOTE_TRANSPORT": "auto" if shm else "tcp"}
-        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S, with_settings(how)), type=Result)
+        return msgspec.json.decode(output(command, seconds + 5 * SLACK_S, self.environment(shm)), type=Result)
+
+    def environment(self, shm: bool) -> dict[str, str]:
+        how = "auto" if shm else "tcp"
+        return with_settings({"KVFS_SHM_DIR": str(self.server.root), "KVFS_REMOTE_TRANSPORT": how})

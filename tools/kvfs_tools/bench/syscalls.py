@@ -1,4 +1,5 @@
-"""System calls per get, of the client's process and the server's apart, over the ring and over TCP on loopback:
+"""System calls per get, of the client's process and the server's apart, over the ring, over TCP on loopback and through
+shared memory:
 
     python -m kvfs_tools.bench.syscalls [DIRECTORY]
 
@@ -90,18 +91,19 @@ class Side:
     workers: Workers
     server: int
     remote: bool
+    shm: bool
     root: Path
 
     def client_calls(self, case: Case, gets: int) -> Counter[str]:
         summary = self.root / "client.strace"
         command = self.workers.command("get", case.size, gets, batch=case.batch, remote=self.remote)
-        output([_strace(), "-f", "-c", "-o", str(summary), *command], RUN_S)
+        output([_strace(), "-f", "-c", "-o", str(summary), *command], RUN_S, self.workers.environment(self.shm))
         return _counted(summary)
 
     def server_calls(self, case: Case, gets: int) -> Counter[str]:
         summary = self.root / "server.strace"
         with _traced(self.server, summary):
-            self.workers.run("get", case.size, gets, batch=case.batch, remote=self.remote)
+            self.workers.run("get", case.size, gets, batch=case.batch, remote=self.remote, shm=self.shm)
         return _counted(summary)
 
     def fill(self) -> None:
@@ -135,9 +137,9 @@ def main() -> int:
         with scratch_directory(beside, 2 * STORE) as root:
             server = ChunkServer(root, STORE)
             workers = Workers(server, lambda _: None)
-            for name, remote in (("TCP", True), ("ring", False)):
+            for name, remote, shm in (("TCP", True, False), ("shared memory", True, True), ("ring", False, False)):
                 with server.running(MEMORY) if remote else server.ring(MEMORY) as process:
-                    side = Side(workers, process, remote, root)
+                    side = Side(workers, process, remote, shm, root)
                     side.fill()
                     _report(name, side)
     except BenchError as e:
