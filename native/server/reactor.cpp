@@ -18,10 +18,10 @@
 namespace kvfs {
 
 namespace {
-// Of one ring per turn, SQEs and bytes, the last SQE beyond: small, so that disk, client and we work at the same time.
+// Of one ring per turn, SQEs and bytes, the last SQE beyond: small, so that disk, client and we work at the same time. The
+// index lines of a turn's SQEs are prefetched together.
 constexpr unsigned kDrainBudget = 16;
 constexpr uint64_t kDrainBytes = 1u << 20;
-constexpr unsigned kGroup = 16;                                 // SQEs whose index lines are prefetched together
 constexpr uint64_t kShortSpinNs = 4000;                         // less than a sleep and a wake cost
 constexpr uint64_t kMountSpinNs = 60000;                        // as long as a CPU takes to sleep and wake here
 constexpr int kMountTrial = 32, kMountCredit = 64;              // a spin that found nothing costs 4 of them
@@ -281,28 +281,26 @@ bool Reactor::hint(Ring* r, const kvfs_sqe& s, ChunkKey* out) {
   return true;
 }
 
-unsigned Reactor::drain(Ring* r) {
-  if (r->closing || r->q.broken() != 0) return 0;
+void Reactor::drain(Ring* r) {
+  if (r->closing || r->q.broken() != 0) return;
   uint32_t n = r->ready < kDrainBudget ? r->ready : kDrainBudget;
   if (n > kMaxOps - ops_live_) n = kMaxOps - ops_live_;
-  static_assert(kGroup <= Store::kPrefetch);
-  kvfs_sqe group[kGroup];
-  ChunkKey keys[kGroup];
-  uint32_t done = 0;
-  for (uint64_t bytes = 0; done < n && bytes < kDrainBytes;) {
-    uint32_t g = 0, hints = 0;
-    for (; g < kGroup && done < n && bytes < kDrainBytes; ++g, ++done) {
-      r->q.take(&group[g]);
-      bytes += group[g].len;
-    }
-    for (uint32_t i = 0; g > 1 && i < g; ++i) {
-      if (hint(r, group[i], &keys[hints])) ++hints;
+  static_assert(kDrainBudget <= Store::kPrefetch);
+  kvfs_sqe sqes[kDrainBudget];
+  ChunkKey keys[kDrainBudget];
+  uint32_t taken = 0, hints = 0;
+  for (uint64_t bytes = 0; taken < n && bytes < kDrainBytes; ++taken) {
+    r->q.take(&sqes[taken]);
+    bytes += sqes[taken].len;
+  }
+  if (taken > 1) {
+    for (uint32_t i = 0; i < taken; ++i) {
+      if (hint(r, sqes[i], &keys[hints])) ++hints;
     }
     store_->prefetch(keys, hints);
-    for (uint32_t i = 0; i < g; ++i) dispatch(r, group[i]);
   }
-  stats_.sqes += done;
-  return done;
+  for (uint32_t i = 0; i < taken; ++i) dispatch(r, sqes[i]);
+  stats_.sqes += taken;
 }
 
 void Reactor::finish(Ring* r, uint64_t user_data, int64_t result) {

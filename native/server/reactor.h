@@ -191,7 +191,7 @@ class Reactor {
  private:
   void look(Ring* r);
   bool hint(Ring* r, const kvfs_sqe& s, ChunkKey* out);
-  unsigned drain(Ring* r);
+  void drain(Ring* r);
   void dispatch(Ring* r, const kvfs_sqe& s);
   int start_block(Ring* r, const kvfs_sqe& s);
   void ask_length(Ring* r, const kvfs_sqe& s, const ChunkKey& key, bool only_existence);

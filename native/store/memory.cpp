@@ -192,7 +192,8 @@ uint64_t StoreImpl::keep_pages(uint32_t id, uint32_t len, uint32_t from, const u
 }
 
 // The bytes of a put or write that is being published. A large block is kept too, for whoever continues what was just
-// computed, if that needs no page made first; other large chunks are once they are read twice.
+// computed, if that needs no page made first; other large chunks are once they are read twice. No page of the entry is in the
+// tier: what is copied before its sum is known goes into no frame that is being sent.
 void StoreImpl::keep_written(const WriteOp* op, const Piece* p, uint32_t id) {
   if (!tier_.on() || (op->r && (op->r->flags & Request::kNoTouch))) return;
   if (op->total > kKeepAtOnce && !(op->sealed && tier_.ready(op->total))) {
