@@ -79,14 +79,27 @@ Entry* Index::find(const ChunkKey& key) {
   return id == 0 ? nullptr : &at(id);
 }
 
-void Index::prefetch(const ChunkKey& key) const { __builtin_prefetch(&head(bucket_of(hash(key)))); }
-
-void Index::prefetch_entry(const ChunkKey& key) const {
-  const uint32_t id = head(bucket_of(hash(key)));
-  if (id == 0) return;
-  const char* e = reinterpret_cast<const char*>(&at(id));
-  __builtin_prefetch(e);
-  __builtin_prefetch(e + sizeof(Entry) - 1);
+void Index::prefetch(const ChunkKey* keys, uint32_t n, uint32_t* ids) const {
+  const auto load = [this](uint32_t id) {
+    if (id == 0) return;
+    const char* e = reinterpret_cast<const char*>(&at(id));
+    __builtin_prefetch(e);
+    __builtin_prefetch(e + sizeof(Entry) - 1);
+  };
+  for (uint32_t i = 0; i < n; i++) {
+    ids[i] = bucket_of(hash(keys[i]));
+    __builtin_prefetch(&head(ids[i]));
+  }
+  for (uint32_t i = 0; i < n; i++) load(ids[i] = head(ids[i]));
+  for (uint32_t step = 1; step <= kPrefetchSteps; step++) {
+    for (uint32_t i = 0; i < n; i++) {
+      if (ids[i] == 0) continue;
+      const Entry& e = at(ids[i]);
+      if (std::memcmp(e.id, keys[i].id, sizeof e.id) == 0) continue;
+      ids[i] = step < kPrefetchSteps ? e.next : 0;
+      load(ids[i]);
+    }
+  }
 }
 
 ChunkKey Index::key_of(uint32_t id) const {

@@ -65,10 +65,10 @@ class Index {
   const Entry& at(uint32_t id) const { return slabs_[id >> kSlabBits][id & (kSlabEntries - 1)]; }
   bool live(uint32_t id) const { return id != 0 && id <= high_ && at(id).prefix != 0; }
   ChunkKey key_of(uint32_t id) const;
-  // Starts loading the key's bucket head into the cache; the second one, called a little later, the chain's first
-  // entry. For batches: prefetch all keys, prefetch_entry all keys, then find each.
-  void prefetch(const ChunkKey& key) const;
-  void prefetch_entry(const ChunkKey& key) const;
+  // Loads what id_of() of these keys will read, the misses of all of them at the same time. ids: theirs, as far as the
+  // first kPrefetchSteps entries of a chain tell and without a look at the keys' namespaces, else 0.
+  static constexpr uint32_t kPrefetchSteps = 6;  // most chains are shorter (kLoadFactor)
+  void prefetch(const ChunkKey* keys, uint32_t n, uint32_t* ids) const;
   // Highest id ever handed out; ids are 1..capacity().
   uint32_t capacity() const { return high_; }
   uint32_t size() const { return size_; }

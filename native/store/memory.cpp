@@ -33,12 +33,10 @@ uint64_t sum_of(const Lent& lent) {
 
 void StoreImpl::prefetch(const ChunkKey* keys, uint32_t n) {
   KVFS_CHECK(n <= kPrefetch);
-  for (uint32_t i = 0; i < n; i++) index_.prefetch(keys[i]);
-  for (uint32_t i = 0; i < n; i++) index_.prefetch_entry(keys[i]);
-  if (!tier_.on()) return;
   uint32_t ids[kPrefetch];
+  index_.prefetch(keys, n, ids);
+  if (!tier_.on()) return;
   for (uint32_t i = 0; i < n; i++) {
-    ids[i] = index_.id_of(keys[i]);
     if (ids[i] && !index_.at(ids[i]).flag(Entry::kCached)) ids[i] = 0;
     if (ids[i]) tier_.prefetch(ids[i], 0);
   }

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <unordered_map>
+#include <vector>
 
 #include "sim_device.h"
 
@@ -80,6 +81,31 @@ TEST(Index, RandomOperationsMatchAModel) {
     ASSERT_EQ(model.at(index.key_of(id)).id, id);
   }
   EXPECT_EQ(live, model.size());
+}
+
+// Chains are as long as kLoadFactor makes them: nearly all of what is there is found, and nothing that is not.
+TEST(Index, PrefetchingTellsTheIdsThatLookupsFind) {
+  Index index(1);
+  std::vector<ChunkKey> keys;
+  for (uint64_t n = 0; n < 40'000; ++n) {
+    keys.push_back(n % 2 == 0 ? file_key(n / 100, n % 100) : key_for(n));
+    if (n % 3 == 0) continue;
+    ASSERT_NE(index.insert(keys.back()), 0u);
+  }
+  uint32_t there = 0, told = 0;
+  for (size_t at = 0; at < keys.size(); at += 16) {
+    uint32_t ids[16];
+    index.prefetch(&keys[at], 16, ids);
+    for (size_t i = 0; i < 16; ++i) {
+      const uint32_t id = index.id_of(keys[at + i]);
+      there += id != 0;
+      told += ids[i] != 0;
+      if (ids[i] == 0) continue;
+      ASSERT_EQ(ids[i], id);
+    }
+  }
+  EXPECT_EQ(there, index.size());
+  EXPECT_GT(told, there * 9 / 10);
 }
 
 TEST(Index, MillionEntriesFitInTheStatedMemory) {
