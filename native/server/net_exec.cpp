@@ -140,9 +140,10 @@ NetServer::Serve NetServer::serve(NetSession* s, bool alone, bool no_buffer, uin
       NetTask* t = s->queue.head;
       const uint64_t cost = uint64_t{kOpCost} + t->op->desc.len;
       if (*budget == 0 || (cost > s->deficit && !alone)) return Serve::More;
+      const uint32_t before = store_ops_;
       if (const Serve r = start(t, no_buffer); r != Serve::Done) return r;
       s->deficit -= std::min(cost, s->deficit);
-      --*budget;
+      *budget -= std::min(*budget, store_ops_ == before ? 1 : kTurnOps / kTurnStoreOps);
     }
   }
   return Serve::Done;
@@ -298,7 +299,9 @@ void NetServer::answer(NetTask* t, int64_t result) {
     KVFS_CHECK(op->lent != nullptr || t->side == NetBuffers::Out);
     op->out_len = uint32_t(result);
     if ((c->features & wire::kDataSums) != 0)
-      op->out_sum = op->lent != nullptr ? t->lent.sum : wire::data_sum(op->buf, op->out_len);
+      op->out_sum = op->lent != nullptr ? t->lent.sum
+                    : t->req.summed     ? t->req.sum
+                                        : wire::data_sum(op->buf, op->out_len);
   }
   uncount(t);
   t->state = NetTask::State::Replied;

@@ -27,6 +27,7 @@ constexpr uint32_t kMaxSessionJobs = 4;    // of one session
 constexpr uint32_t kPurgeWidth = 64;       // deletes of one purge under way
 constexpr uint32_t kJobBudget = 4096;      // index entries that all jobs together look at in one turn
 constexpr uint32_t kTurnOps = 256;         // operations begun in one turn
+constexpr uint32_t kTurnStoreOps = 16;     // of those that wait for a device, which begins with them when the turn ends
 constexpr uint32_t kQuantum = 1u << 20;    // bytes of a session's turn
 constexpr uint32_t kOpCost = 4096;         // bytes that an operation counts for besides its payload
 constexpr uint64_t kStopNs = 5000000000u;  // until connections are ended at the end, whatever they do

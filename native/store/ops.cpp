@@ -71,6 +71,7 @@ WriteOp* StoreImpl::write_get(Request* r) {
 
 void StoreImpl::start_get(Request* r) {
   st_.gets++;
+  r->summed = false;
   const uint32_t id = index_.id_of(r->key);
   if (!id) return complete(r, -ENOENT);
   st_.get_hits++;
@@ -210,6 +211,9 @@ void StoreImpl::finish_piece_read(Piece* p) {
     if (!good || !verify_and_keep(p, sums, wants_copy(p))) {
       st_.checksum_errors++;
       op->err = EIO;
+    } else if (Request* r = op->r; r && sums == &p->csum && p->from == 0 && r->result == p->len) {
+      r->sum = p->csum;  // all of the chunk, which is one piece with one sum
+      r->summed = true;
     }
   } else if (!op->err && wants_copy(p)) {
     keep_pages(p->id, p->len, p->region, static_cast<uint8_t*>(p->bounce), p->region_len);

@@ -71,6 +71,8 @@ struct Request {
   uint32_t len = 0;  // bytes
   MemRef mem;
   int64_t result = 0;
+  uint64_t sum = 0;     // of a Get that is summed: XXH3-64 of the bytes read, which they have been verified by
+  bool summed = false;  // set by the store, if it knows that
   RequestDone done = nullptr;
   void* owner = nullptr;
   Request* next = nullptr;      // the owner's while idle, the store's while submitted

@@ -293,6 +293,24 @@ TEST_F(NetServerTest, WhatHasNotBegunIsCancelled) {
   EXPECT_EQ(stats().cancelled, 2u);
 }
 
+// The device begins when a turn ends: a few reads a turn, while what waits for no device is not held back.
+TEST_F(NetServerTest, ATurnBeginsAFewReadsOfTheDeviceAndAllThatNeedsNone) {
+  start();
+  Client c;
+  ASSERT_EQ(admit(&c, capability({kAll})), 0);
+  ASSERT_EQ(put(&c, block_key(1), pattern(1, 100)), 1);
+  const uint64_t lookups = send(&c, std::vector<wire::Desc>(64, Client::desc(Op::Lookup, block_key(1))));
+  const uint64_t reads = send(&c, std::vector<wire::Desc>(64, c.get(block_key(1), 100)));
+  for (uint32_t begun = kTurnStoreOps - 4; begun < 64; begun += kTurnStoreOps) {  // 64 lookups are worth 4 of them
+    c.channel->receive();
+    server->pump();  // the store stands still
+    server->publish();
+    EXPECT_EQ(stats().buffers_used, uint64_t{begun} * 4096);
+    for (uint16_t i = 0; i < 64; ++i) EXPECT_TRUE(answered(&c, lookups, i));
+  }
+  for (uint16_t i = 0; i < 64; ++i) EXPECT_EQ(result(&c, reads, i), 100);
+}
+
 TEST_F(NetServerTest, CancellingTheFirstOfTwoLeavesTheSecond) {
   NetServerOptions o;
   o.buffer_bytes = 32u << 20;
@@ -442,7 +460,7 @@ TEST_F(NetServerTest, ASessionEndsThoughItsTurnHasNotCome) {
     server->publish();
   };
   for (Client& c : busy) send(&c, std::vector<wire::Desc>(opt.max_ops, c.get(block_key(1), 100)));
-  for (uint32_t i = 0; i < 2 * kMaxStoreOps / kTurnOps; ++i) step();
+  for (uint32_t i = 0; i < 2 * kMaxStoreOps / kTurnStoreOps; ++i) step();
   ASSERT_EQ(stats().buffers_used, uint64_t{kMaxStoreOps} * 4096);
   const uint64_t b = send(&waits, {waits.get(block_key(1), 100)});
   step();

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../store/store.h"
+#include "../store/checksum.h"
 #include "sim_device.h"
 
 namespace kvfs {
@@ -83,6 +84,10 @@ struct Harness {
     r.done = [](Request* x) { *static_cast<bool*>(x->owner) = true; };
     store->submit(&r);
     until([&] { return done; });
+    summed = r.summed;
+    if (op == Request::Op::Get && r.summed && r.result > 0) {
+      EXPECT_EQ(r.sum, xxh3(mem, size_t(r.result)));
+    }
     return r.result;
   }
   template <typename F>
@@ -116,6 +121,7 @@ struct Harness {
   StoreOptions opt;
   std::unique_ptr<Store> store;
   uint64_t now = 1;
+  bool summed = false;  // the last one came with its sum
   bool asleep = false;  // after the last tick, whoever drives the store could have slept for ever
 };
 

@@ -31,6 +31,7 @@ TEST(Store, EverySizeComesBackBitExact) {
       Bytes got;
       ASSERT_EQ(h.get(block_key(n), 0, n, &got), n);
       EXPECT_TRUE(got == v) << n;
+      EXPECT_EQ(h.summed, n <= 8192) << "what is read by one sum is not summed again";
       Rng rng(n);
       for (int i = 0; i < 10; i++) {
         const auto off = static_cast<uint32_t>(rng.below(n)), len = static_cast<uint32_t>(1 + rng.below(n));
