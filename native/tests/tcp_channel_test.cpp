@@ -54,6 +54,20 @@ TEST_F(TcpChannel, ABatchOf64PiecesIsReceivedInFewCallsAndHardlyCopied) {
   EXPECT_EQ(client_->counters().bytes_in, 64u * 4096u);
 }
 
+// Of answers that are there already, each one's payload is received together with the next one's header.
+TEST_F(TcpChannel, AnswersThatWaitAreReceivedWithOneCallEach) {
+  constexpr uint32_t kBatches = 16, kOps = 4;
+  open(wire::kFeatures, 0, kOps);
+  std::vector<Call*> gets;
+  for (uint32_t k = 0; k < kBatches * kOps; ++k) store(k, 4096);
+  const ChannelCounters before = client_->counters();
+  for (uint32_t k = 0; k < kBatches * kOps; ++k) gets.push_back(call(Op::Get, k, 4096));
+  ASSERT_TRUE(settle());
+  for (uint32_t k = 0; k < kBatches * kOps; ++k) EXPECT_TRUE(right(*gets[k], k, 4096)) << k;
+  EXPECT_EQ(client_->counters().frames_in - before.frames_in, kBatches);
+  EXPECT_LE(client_->counters().calls - before.calls, kBatches + 4) << "with the send and a few more receives";
+}
+
 TEST_F(TcpChannel, LargePayloadsGoBothWays) {
   open();
   for (const uint32_t len : {1u << 20, 16u << 20}) {

@@ -2,6 +2,8 @@
 #include "tcp_stream.h"
 
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,7 +29,10 @@ TcpStream::TcpStream(Uring& uring, int fd, uint32_t body) : heard_ns_(monotonic_
   send_.done = send_done;
   call_.done = call_done;
   recv_.msg = &recv_msg_;
+  recv_.op = NetIo::Op::RecvMsg;
   recv_msg_.msg_iov = recv_iov_.data();
+  const int on = 1;  // without it, more calls
+  ::setsockopt(fd, IPPROTO_TCP, TCP_INQ, &on, sizeof on);
   send_.op = NetIo::Op::SendMsg;
   send_.msg = &send_msg_;
   send_.flags = MSG_NOSIGNAL | MSG_WAITALL;
@@ -45,14 +50,30 @@ void TcpStream::receive_frame(uint32_t need) {
   KVFS_CHECK(!recv_busy_ && have_ < need && need <= stage_bytes_);
   if (at_ != 0) std::memmove(stage_.get(), stage_.get() + at_, have_);
   at_ = 0;
-  recv_.op = NetIo::Op::Recv;
-  recv_.buf = stage_.get() + have_;
-  recv_.len = std::max(need, kStage) - have_;
-  recv_.flags = 0;
+  recv_iov_[0] = {stage_.get() + have_, std::max(need, kStage) - have_};
+  expected_ = 0;
+  post_receive(1, 0);
+}
+
+void TcpStream::post_receive(uint32_t iovs, int flags) {
+  recv_msg_.msg_iovlen = iovs;
+  const bool all = (flags & MSG_WAITALL) != 0;  // which the kernel ignores if it is to say what is queued, too
+  recv_msg_.msg_control = all ? nullptr : queued_;
+  recv_msg_.msg_controllen = all ? 0 : sizeof queued_;
+  recv_.flags = flags;
   recv_busy_ = true;
-  to_pieces_ = false;
   ++counters_.calls;
   uring_.submit(&recv_);
+}
+
+// Bytes that were in the socket when the last receive ended, or 0 if the kernel did not say.
+uint32_t TcpStream::queued() const {
+  const cmsghdr* c = CMSG_FIRSTHDR(&recv_msg_);
+  if (c == nullptr || c->cmsg_level != IPPROTO_TCP || c->cmsg_type != TCP_CM_INQ || c->cmsg_len < CMSG_LEN(sizeof(int)))
+    return 0;
+  int n;
+  std::memcpy(&n, CMSG_DATA(c), sizeof n);
+  return static_cast<uint32_t>(std::max(n, 0));
 }
 
 // n bytes of the pieces have come.
@@ -89,42 +110,40 @@ bool TcpStream::receive_pieces() {
     return true;
   }
   KVFS_CHECK(!recv_busy_);
-  uint32_t n = 0, room = kRecvBytes;
+  uint32_t n = 0;
+  expected_ = 0;
   const auto put = [&](uint8_t* p, uint32_t len) {
     if (n > 0 && static_cast<uint8_t*>(recv_iov_[n - 1].iov_base) + recv_iov_[n - 1].iov_len == p) {
       recv_iov_[n - 1].iov_len += len;
     } else {
       recv_iov_[n++] = {p, len};
     }
+    expected_ += len;
   };
   const size_t end = single_ ? piece_ + 1 : pieces_.size();
-  for (size_t i = piece_; i < end && n < kRecvIov && room > 0; ++i) {
+  uint64_t left = 0;
+  for (size_t i = piece_; i < end; ++i) left += pieces_[i].len;
+  left -= piece_done_;
+  for (size_t i = piece_; i < end && n < kRecvIov && expected_ < kRecvBytes; ++i) {
     const uint32_t skip = i == piece_ ? piece_done_ : 0;
-    uint32_t left = std::min(pieces_[i].len - skip, room);
-    room -= left;
+    uint32_t rest = std::min(pieces_[i].len - skip, kRecvBytes - expected_);
     if (pieces_[i].ptr != nullptr) {
-      put(pieces_[i].ptr + skip, left);
+      put(pieces_[i].ptr + skip, rest);
       continue;
     }
     if (sink_ == nullptr) sink_ = std::make_unique_for_overwrite<uint8_t[]>(kSinkBytes);
-    while (left > 0 && n < kRecvIov) {
-      const uint32_t part = std::min(left, kSinkBytes);
-      recv_iov_[n++] = {sink_.get(), part};
-      left -= part;
+    for (; rest > 0 && n < kRecvIov; rest -= std::min(rest, kSinkBytes)) {
+      recv_iov_[n++] = {sink_.get(), std::min(rest, kSinkBytes)};
+      expected_ += std::min(rest, kSinkBytes);
     }
   }
-  recv_.flags = MSG_WAITALL;
-  if (n == 1) {
-    recv_.op = NetIo::Op::Recv;
-    recv_.buf = recv_iov_[0].iov_base;
-    recv_.len = static_cast<uint32_t>(recv_iov_[0].iov_len);
-  } else {
-    recv_.op = NetIo::Op::RecvMsg;
-    recv_msg_.msg_iovlen = n;
+  // The next header, too, if all of the pieces and more has come already: the stage is empty.
+  const bool more = waiting_ > expected_ && left == expected_ && !single_ && n < kRecvIov;
+  if (more) {
+    at_ = 0;
+    recv_iov_[n++] = {stage_.get(), std::min(waiting_ - expected_, kStage)};
   }
-  recv_busy_ = to_pieces_ = true;
-  ++counters_.calls;
-  uring_.submit(&recv_);
+  post_receive(n, more ? 0 : MSG_WAITALL);
   return false;
 }
 
@@ -147,13 +166,12 @@ void TcpStream::recv_done(NetIo* io) {
   ++s->depth_;
   if (n > 0) {
     s->heard_ns_ = monotonic_ns();
-    if (s->to_pieces_) {
-      s->fill(static_cast<uint32_t>(n));
-    } else {
-      s->have_ += static_cast<uint32_t>(n);
-    }
+    s->waiting_ = s->queued();
+    const uint32_t payload = std::min(static_cast<uint32_t>(n), s->expected_);
+    s->have_ += static_cast<uint32_t>(n) - payload;
+    s->fill(payload);
   }
-  const bool fault = n == -EFAULT && s->to_pieces_;
+  const bool fault = n == -EFAULT && s->expected_ != 0;
   if (fault && !s->broken_) s->find_unwritable();
   if (!s->broken_) {
     if (n == 0) {

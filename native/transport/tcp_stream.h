@@ -2,11 +2,13 @@
 // staging buffer, payload straight to where it belongs, and what is to be sent leaves with one sendmsg at a time. Memory of
 // its own: the staging buffer, kMetaBytes for headers being sent, two arrays of iovecs, kSinkBytes once something was thrown
 // away, and what detach() copied.
+// The kernel says what is left in the socket (TCP_INQ): payload that is there already is received together with the header
+// behind it, one call for each of several frames.
 // Not used: zero-copy sending (on loopback the kernel copies all the same, and elsewhere each send needs a second completion
-// before its buffers are free), and multishot receive (a batch of 64 costs one receive of its header and one of its payload,
-// and both are submitted by the system call that waits).
+// before its buffers are free), and multishot receive (the calls that are left are submitted by the system call that waits).
 #pragma once
 
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #include <cerrno>
@@ -97,6 +99,8 @@ class TcpStream {
   static void recv_done(NetIo* io);
   static void send_done(NetIo* io);
   static void call_done(NetIo* io);
+  void post_receive(uint32_t iovs, int flags);
+  uint32_t queued() const;
   void fill(uint32_t n);
   void find_unwritable();
   void post_send();
@@ -111,7 +115,6 @@ class TcpStream {
 
   NetIo recv_, send_, call_;
   bool recv_busy_ = false, send_busy_ = false, call_busy_ = false;
-  bool to_pieces_ = false;  // what is being received
   bool single_ = false;     // pieces one by one, since the kernel could not write to one of several
   bool halting_ = false;    // the send
   std::unique_ptr<uint8_t[]> stage_;
@@ -123,6 +126,9 @@ class TcpStream {
   std::unique_ptr<uint8_t[]> sink_;
   std::vector<iovec> recv_iov_ = std::vector<iovec>(kRecvIov);
   msghdr recv_msg_{};
+  alignas(cmsghdr) char queued_[CMSG_SPACE(sizeof(int))] = {};  // what recvmsg says with TCP_INQ
+  uint32_t expected_ = 0;  // bytes of pieces that are being received; what comes behind them is staged
+  uint32_t waiting_ = 0;   // bytes known to be in the socket
 
   std::unique_ptr<uint8_t[]> meta_;
   uint32_t meta_used_ = 0;
