@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <climits>
+#include <utility>
 
 #include "../store/check.h"
 #include "bus_guard.h"
@@ -24,9 +25,9 @@ constexpr unsigned kDrainBudget = 16;
 constexpr uint64_t kDrainBytes = 1u << 20;
 constexpr uint64_t kShortSpinNs = 4000;                         // less than a sleep and a wake cost
 constexpr uint64_t kMountSpinNs = 60000;                        // as long as a CPU takes to sleep and wake here
-constexpr int kMountTrial = 32, kMountCredit = 64;              // a spin that found nothing costs 4 of them
-constexpr uint32_t kMountTrialMin = 64, kMountTrialMax = 4096;  // idle rounds between trials
 constexpr uint64_t kSpinNs = 15000;  // about two round trips of a memory hit; longer only burns a shared core
+constexpr uint64_t kServerSpinNs = 200000;  // in which a client is back that takes batch after batch
+constexpr uint64_t kAnswerSpinNs = 60000;   // between two frames of a batch's answers, of a server that reads them from disk
 constexpr unsigned kBusyDepth = 16;  // device operations in flight from which a sleep is for several of them
 constexpr unsigned kMaxReap = 16;
 constexpr uint64_t kBusyNs = 200000;
@@ -160,47 +161,48 @@ uint64_t Reactor::deadline_ns() const {
   return at;
 }
 
-// Spins only while spinning pays: a spin that found work earns credit, one that did not costs more. Without credit one
-// idle round in 64 tries again.
+// True: there is work. False: time to sleep, which is short if something has happened meanwhile.
 bool Reactor::spin() {
   if ((rings_.empty() && sources_.empty()) || deadline_ns() <= monotonic_ns()) return false;
-  ++idle_rounds_;
-  // A little always: a client that has just been answered is often back before we could fall asleep.
-  uint64_t end = monotonic_ns() + (spin_credit_ > 0 || (idle_rounds_ & 63) == 0 ? kSpinNs : kShortSpinNs);
+  // Of answers of other machines the next are near when some have just come; before the first they may be far.
+  const bool more = std::exchange(came_, false) && ops_live_ > 0;
+  SpinCredit& credit = more ? answer_credit_ : spin_credit_;
+  const bool longer = credit.pays();
+  // A little even so, unless it is known to be in vain: a client that has just been answered is often back before we could
+  // fall asleep.
+  if (!longer && ops_live_ > 0) return false;
+  // Of what the kernel has not been told of nothing comes.
+  if (networked() && uring_->submit_and_wait(0) > 0) return true;
+  const uint64_t most = more ? kAnswerSpinNs : !sources_.empty() ? kServerSpinNs : kSpinNs;
+  const uint64_t end = monotonic_ns() + (longer ? most : kShortSpinNs);
   do {
     for (int i = 0; i < 32; ++i) {
       const bool events =
           (fuse_ != nullptr || networked()) && uring_->has_events();  // sleep() takes them without sleeping
       if (events || work_waiting()) {
-        if (spin_credit_ < 16) ++spin_credit_;
+        credit.found();
         return !events;
       }
       cpu_relax();
     }
   } while (monotonic_ns() < end);
-  spin_credit_ = spin_credit_ > 4 ? spin_credit_ - 4 : 0;
+  credit.missed();
   return false;
 }
 
 // A program that waits for the mount is often back soon after its answer, and finding us awake spares two wakes of a sleeping
-// CPU, for its own does not fall asleep deeply either: that is why one spin alone shows nothing, and a trial is several.
+// CPU, for its own does not fall asleep deeply either.
 bool Reactor::spin_for_mount() {
-  if (fuse_ == nullptr || !fuse_->quick() || deadline_ns() <= monotonic_ns()) return false;
-  if (mount_credit_ <= 0) {
-    if (++mount_rounds_ < mount_trial_after_) return false;
-    mount_rounds_ = 0;
-    mount_trial_after_ = std::min(2 * mount_trial_after_, kMountTrialMax);
-    mount_credit_ = kMountTrial;
-  }
+  if (fuse_ == nullptr || !fuse_->quick() || deadline_ns() <= monotonic_ns() || !mount_credit_.pays()) return false;
   const uint64_t end = monotonic_ns() + kMountSpinNs;
   do {
     if (fuse_->look() || work_waiting()) {
-      if (mount_credit_ < kMountCredit && ++mount_credit_ == kMountCredit) mount_trial_after_ = kMountTrialMin;
+      mount_credit_.found();
       return true;
     }
     for (int i = 0; i < 32; ++i) cpu_relax();
   } while (monotonic_ns() < end);
-  mount_credit_ -= 4;
+  mount_credit_.missed();
   return false;
 }
 
@@ -431,6 +433,7 @@ void Reactor::ask_length(Ring* r, const kvfs_sqe& s, const ChunkKey& key, bool o
 void Reactor::op_done(Request* req) {
   Op* op = static_cast<Op*>(req->owner);
   Reactor* self = op->reactor;
+  self->came_ = true;
   if (op->only_existence && req->result > 0) req->result = 0;
   if (op->job != nullptr) {
     self->piece_done(op);

@@ -189,9 +189,6 @@ bool Uring::prep(NetIo* io) {
   io_uring_sqe* s = sqe();
   if (s == nullptr) return false;
   switch (io->op) {
-    case NetIo::Op::Recv:
-      io_uring_prep_recv(s, io->fd, io->buf, io->len, io->flags);
-      break;
     case NetIo::Op::RecvMsg:
       io_uring_prep_recvmsg(s, io->fd, io->msg, static_cast<unsigned>(io->flags));
       break;

@@ -29,16 +29,13 @@ struct UringOptions {
 // The socket must not be O_NONBLOCK, or the kernel answers -EAGAIN instead of waiting.
 struct alignas(8) NetIo {
   enum class Op : uint8_t {
-    Recv,     // up to len bytes to buf; with MSG_WAITALL all of them, unless the peer or an error ends it
-    RecvMsg,  // to msg's iovecs
+    RecvMsg,  // to msg's iovecs; with MSG_WAITALL all of them, unless the peer or an error ends it
     SendMsg,  // from msg's iovecs
     Nop       // `done` from the next submit_and_wait, with result 0
   };
   Op op = Op::Nop;
   int fd = -1;
   int flags = 0;  // MSG_*
-  void* buf = nullptr;
-  uint32_t len = 0;
   msghdr* msg = nullptr;
   int32_t result =
       0;  // bytes, which may be fewer than asked for: also after cancel(); 0: the peer has ended; or -errno
@@ -86,8 +83,10 @@ class Uring {
   // the callbacks. Returns how many device and socket operations finished plus poll callbacks ran, or -errno (-EINTR is 0).
   // Waits for `min` of them (a busy reactor is woken once per handful), the timeout notwithstanding.
   int submit_and_wait(uint64_t timeout_ns, unsigned min = 1);
-  // Something has happened that submit_and_wait would tell of.
-  bool has_events() const { return io_uring_cq_ready(&ring_) != 0; }
+  // Something has happened that submit_and_wait would tell of, or make ready: completions wait for a call of ours.
+  bool has_events() const {
+    return io_uring_cq_ready(&ring_) != 0 || (__atomic_load_n(ring_.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN) != 0;
+  }
 
  private:
   friend class UringDevice;

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <sys/eventfd.h>
 
+#include <thread>
+
 #include "channel_fixture.h"
 
 namespace kvfs {
@@ -10,16 +12,20 @@ namespace {
 
 struct Op {
   NetIo io;
+  msghdr msg{};
+  iovec iov{};
   int ended = 0;
   Op() {
     io.owner = this;
     io.done = [](NetIo* i) { ++static_cast<Op*>(i->owner)->ended; };
   }
   void recv(int fd, void* p, uint32_t n, int flags = 0) {
-    io.op = NetIo::Op::Recv;
+    iov = {p, n};
+    msg.msg_iov = &iov;
+    msg.msg_iovlen = 1;
+    io.op = NetIo::Op::RecvMsg;
     io.fd = fd;
-    io.buf = p;
-    io.len = n;
+    io.msg = &msg;
     io.flags = flags;
   }
 };
@@ -66,6 +72,22 @@ TEST_P(UringNet, MovesBytesThroughIovecsAndTellsHowMany) {
   EXPECT_EQ(s.io.result, 5);
   EXPECT_EQ(r.io.result, 5);
   EXPECT_EQ(std::string(in, 6), std::string("a\0bcde", 6));
+}
+
+// Who spins for events enters the kernel only when there are some, and the kernel completes nothing before that.
+TEST_P(UringNet, WhatHasComeIsAnEventBeforeTheKernelIsEntered) {
+  char in = 0;
+  Op r;
+  r.recv(fd_[1], &in, 1);
+  ring_->submit(&r.io);
+  EXPECT_EQ(wait(0), 0);
+  EXPECT_FALSE(ring_->has_events());
+  std::thread([&] { EXPECT_EQ(::send(fd_[0], "x", 1, 0), 1); }).join();
+  EXPECT_TRUE(ring_->has_events());
+  EXPECT_EQ(r.ended, 0);
+  EXPECT_EQ(wait(0), 1);
+  EXPECT_EQ(r.ended, 1);
+  EXPECT_FALSE(ring_->has_events());
 }
 
 TEST_P(UringNet, ACancelledReceiveSaysWhatCameUntilThen) {
