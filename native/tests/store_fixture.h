@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "../store/store.h"
 #include "../store/checksum.h"
+#include "../store/store.h"
 #include "sim_device.h"
 
 namespace kvfs {

@@ -115,8 +115,8 @@ class TcpStream {
 
   NetIo recv_, send_, call_;
   bool recv_busy_ = false, send_busy_ = false, call_busy_ = false;
-  bool single_ = false;     // pieces one by one, since the kernel could not write to one of several
-  bool halting_ = false;    // the send
+  bool single_ = false;   // pieces one by one, since the kernel could not write to one of several
+  bool halting_ = false;  // the send
   std::unique_ptr<uint8_t[]> stage_;
   uint32_t stage_bytes_;
   uint32_t at_ = 0, have_ = 0;
