@@ -27,9 +27,8 @@ constexpr uint64_t kShortSpinNs = 4000;     // less than a sleep and a wake cost
 constexpr uint64_t kMountSpinNs = 60000;    // as long as a CPU takes to sleep and wake here
 constexpr uint64_t kSpinNs = 15000;         // about two round trips of a memory hit; longer only burns a shared core
 constexpr uint64_t kServerSpinNs = 200000;  // in which a client is back that takes batch after batch
-constexpr uint64_t kAnswerSpinNs =
-    60000;                           // between two frames of a batch's answers, of a server that reads them from disk
-constexpr unsigned kBusyDepth = 16;  // device operations in flight from which a sleep is for several of them
+constexpr uint64_t kAnswerSpinNs = 60000;   // between two frames of answers that are read from a disk
+constexpr unsigned kBusyDepth = 16;         // device operations in flight from which a sleep is for several of them
 constexpr unsigned kMaxReap = 16;
 constexpr uint64_t kBusyNs = 200000;
 constexpr uint32_t kMaxNsId = 1u << 20;

@@ -387,6 +387,8 @@ void Uring::reap() {
   }
 }
 
+bool Uring::has_events() const { return io_uring_cq_ready(&ring_) != 0 || (sq_flags(ring_) & IORING_SQ_TASKRUN) != 0; }
+
 int Uring::submit_and_wait(uint64_t timeout_ns, unsigned min) {
   const unsigned before = events_;
   pump();

@@ -84,10 +84,7 @@ class Uring {
   // Waits for `min` of them (a busy reactor is woken once per handful), the timeout notwithstanding.
   int submit_and_wait(uint64_t timeout_ns, unsigned min = 1);
   // Something has happened that submit_and_wait would tell of, or make ready: completions wait for a call of ours.
-  bool has_events() const {
-    return io_uring_cq_ready(&ring_) != 0 ||
-           (__atomic_load_n(ring_.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN) != 0;
-  }
+  bool has_events() const;
 
  private:
   friend class UringDevice;

@@ -132,9 +132,11 @@ bool TcpStream::receive_pieces() {
       continue;
     }
     if (sink_ == nullptr) sink_ = std::make_unique_for_overwrite<uint8_t[]>(kSinkBytes);
-    for (; rest > 0 && n < kRecvIov; rest -= std::min(rest, kSinkBytes)) {
-      recv_iov_[n++] = {sink_.get(), std::min(rest, kSinkBytes)};
-      expected_ += std::min(rest, kSinkBytes);
+    while (rest > 0 && n < kRecvIov) {
+      const uint32_t part = std::min(rest, kSinkBytes);
+      recv_iov_[n++] = {sink_.get(), part};
+      expected_ += part;
+      rest -= part;
     }
   }
   // The next header, too, if all of the pieces and more has come already: the stage is empty.
