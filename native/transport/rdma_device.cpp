@@ -3,7 +3,10 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -15,6 +18,27 @@ namespace kvfs {
 namespace {
 
 int last_error() { return errno != 0 ? -errno : -EIO; }
+
+// The first line of a small file; 0 or -errno.
+int first_line(const std::string& path, std::string* out) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return -errno;
+  std::array<char, 64> text;
+  const ssize_t n = ::read(fd, text.data(), text.size());
+  const int err = n < 0 ? -errno : 0;
+  ::close(fd);
+  if (err == 0) out->assign(text.data(), size_t(std::find(text.data(), text.data() + n, '\n') - text.data()));
+  return err;
+}
+
+// That the network device of a RoCE port has lost its carrier. The kernel tells the port of it later, up to a second.
+bool carrier_lost(const std::string& device, uint8_t port) {
+  std::string netdev, carrier;
+  const std::string gid = "/sys/class/infiniband/" + device + "/ports/" + std::to_string(port) + "/gid_attrs/ndevs/0";
+  if (first_line(gid, &netdev) != 0 || netdev.empty()) return false;  // InfiniBand, or not to be seen from here
+  const int err = first_line("/sys/class/net/" + netdev + "/carrier", &carrier);
+  return err == 0 ? carrier == "0" : err == -EINVAL;  // EINVAL: it is switched off
+}
 
 }  // namespace
 
@@ -129,7 +153,8 @@ RdmaDevice::~RdmaDevice() {
 
 bool RdmaDevice::port_active(uint8_t port) const {
   ibv_port_attr attr{};
-  return verbs_.query_port(context_, port, &attr) == 0 && attr.state == IBV_PORT_ACTIVE;
+  if (verbs_.query_port(context_, port, &attr) != 0 || attr.state != IBV_PORT_ACTIVE) return false;
+  return !carrier_lost(name_, port);
 }
 
 void RdmaDevice::bury(rdma_cm_id* id, rdma_event_channel* events) {
@@ -172,7 +197,8 @@ void RdmaDevice::on_event(const ibv_async_event& e) {
         if (c->port() == e.element.port_num) c->fail(-ENETDOWN);
       return;
     case IBV_EVENT_PORT_ACTIVE:
-      return unearth(e.element.port_num);
+      if (port_active(e.element.port_num)) unearth(e.element.port_num);  // else it has gone again
+      return;
     case IBV_EVENT_DEVICE_FATAL:
       dead_ = true;
       for (RdmaConnection* c : connections_) c->fail(-ENODEV);
