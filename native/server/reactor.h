@@ -21,6 +21,7 @@
 #include "inode_table.h"
 #include "namespaces.h"
 #include "source.h"
+#include "spin.h"
 #include "write_back.h"
 
 namespace kvfs {
@@ -138,32 +139,6 @@ struct Job {
 constexpr uint32_t kJobWidth = 64;
 constexpr uint32_t kScanBudget = 4096;  // index entries examined per job and turn
 
-// Whether to spin for events of one kind. What finds one earns a credit, what does not costs four. Two sides that sleep between
-// any two messages are as stable as two that are awake, and one spin alone shows nothing, for the other's CPU sleeps deeply by
-// then: without credit several are tried in a row, the more seldom the more often that was in vain.
-class SpinCredit {
- public:
-  explicit SpinCredit(int credit = kTrial) : credit_(credit) {}
-  bool pays() {
-    if (credit_ > 0) return true;
-    if (++rounds_ < trial_after_) return false;
-    rounds_ = 0;
-    trial_after_ = std::min(2 * trial_after_, kTrialMax);
-    credit_ = kTrial;
-    return true;
-  }
-  void found() {
-    if (credit_ < kMost && ++credit_ == kMost) trial_after_ = kTrialMin;
-  }
-  void missed() { credit_ = std::max(credit_ - 4, 0); }
-
- private:
-  static constexpr int kTrial = 32, kMost = 64;
-  static constexpr uint32_t kTrialMin = 64, kTrialMax = 4096;  // idle rounds between trials
-  int credit_;
-  uint32_t rounds_ = 0, trial_after_ = kTrialMin;
-};
-
 class Reactor {
  public:
   // Everything given must outlive the Reactor. dev may be null (stores without a device, in tests).
@@ -264,6 +239,8 @@ class Reactor {
   // Something other than the device ends in the io_uring's completions.
   bool networked() const { return !sources_.empty() || store_->remote(); }
   bool spin();
+  enum class Found : uint8_t { Nothing, Events, Work };  // Events: sleep() takes them without sleeping
+  Found watch(uint64_t until);
   bool spin_for_mount();
   void sleep();
   void run_posted();
@@ -312,6 +289,7 @@ class Reactor {
   bool job_ready_ = false;  // a job may go on without waiting for I/O
   bool came_ = false;       // an operation has ended since the last spin
   SpinCredit spin_credit_, answer_credit_, mount_credit_{0};
+  FirstAnswer first_answer_;
   ReactorStats stats_;
 };
 
