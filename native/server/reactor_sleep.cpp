@@ -35,7 +35,7 @@ uint64_t Reactor::deadline_ns() const {
 
 // True: there is work. False: time to sleep, which is short if something has happened meanwhile.
 bool Reactor::spin() {
-  if ((rings_.empty() && sources_.empty()) || deadline_ns() <= monotonic_ns()) return false;
+  if ((rings_.empty() && sources_.empty() && !first_answer_.awaited()) || deadline_ns() <= monotonic_ns()) return false;
   // Of answers of other machines the next are near when some have just come; before the first they may be far.
   const bool more = std::exchange(came_, false) && ops_live_ > 0;
   const bool first = !more && first_answer_.to() != 0;
