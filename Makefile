@@ -144,7 +144,7 @@ sanitize: $(STAMPS)/apt
 	ctest --test-dir build/asan --output-on-failure
 	cmake -S . -B build/tsan -G Ninja -DKVFS_SANITIZE=thread >build/tsan.log || { cat build/tsan.log; exit 1; }
 	cmake --build build/tsan -j $(JOBS)
-	ctest --test-dir build/tsan --output-on-failure -L concurrency
+	ctest --test-dir build/tsan --output-on-failure
 
 # A fuzzer keeps what it learns in build/corpus/NAME; a crashing input is left in build/NAME-crash-*.
 fuzz: $(STAMPS)/apt $(STAMPS)/apt-clang
