@@ -1,4 +1,6 @@
 // reactor_sleep.cpp owns when the reactor sleeps, for how long, and for what it looks before.
+#include <utility>
+
 #include "fuse_channel.h"
 #include "reactor.h"
 
