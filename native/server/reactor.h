@@ -239,8 +239,8 @@ class Reactor {
   // Something other than the device ends in the io_uring's completions.
   bool networked() const { return !sources_.empty() || store_->remote(); }
   bool spin();
-  enum class Found : uint8_t { Nothing, Events, Work };  // Events: sleep() takes them without sleeping
-  Found watch(uint64_t until);
+  template <typename Credit>
+  bool watch(Credit& credit, uint64_t until);
   bool spin_for_mount();
   void sleep();
   void run_posted();

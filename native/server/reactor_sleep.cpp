@@ -40,39 +40,36 @@ bool Reactor::spin() {
   if ((rings_.empty() && sources_.empty() && !first_answer_.awaited()) || deadline_ns() <= monotonic_ns()) return false;
   // Of answers of other machines the next are near when some have just come; before the first they may be far.
   const bool more = std::exchange(came_, false) && ops_live_ > 0;
-  const bool first = !more && first_answer_.to() != 0;
+  const uint64_t now = monotonic_ns();
+  if (const uint64_t to = first_answer_.to(); !more && to != 0)
+    return now >= first_answer_.from() && now < to && watch(first_answer_, to);
   SpinCredit& credit = more ? answer_credit_ : spin_credit_;
-  uint64_t until = first_answer_.to();
-  if (const uint64_t now = monotonic_ns(); first) {
-    if (now < first_answer_.from() || now >= until) return false;
-  } else {
-    const bool longer = credit.pays();
-    // A little even so, unless it is known to be in vain: a client that has just been answered is often back before we could
-    // fall asleep.
-    if (!longer && ops_live_ > 0) return false;
-    const uint64_t most = more ? kAnswerSpinNs : !sources_.empty() ? kServerSpinNs : kSpinNs;
-    until = now + (longer ? most : kShortSpinNs);
-  }
-  // Of what the kernel has not been told of nothing comes.
-  if (networked() && uring_->submit_and_wait(0) > 0) return true;
-  const Found found = watch(until);
-  if (first) {
-    found != Found::Nothing ? first_answer_.found() : first_answer_.missed();
-  } else {
-    found != Found::Nothing ? credit.found() : credit.missed();
-  }
-  return found == Found::Work;
+  const bool longer = credit.pays();
+  // A little even so, unless it is known to be in vain: a client that has just been answered is often back before we could
+  // fall asleep.
+  if (!longer && ops_live_ > 0) return false;
+  const uint64_t most = more ? kAnswerSpinNs : !sources_.empty() ? kServerSpinNs : kSpinNs;
+  return watch(credit, now + (longer ? most : kShortSpinNs));
 }
 
-Reactor::Found Reactor::watch(uint64_t until) {
+// As spin().
+template <typename Credit>
+bool Reactor::watch(Credit& credit, uint64_t until) {
+  // Of what the kernel has not been told of nothing comes.
+  if (networked() && uring_->submit_and_wait(0) > 0) return true;
   do {
     for (int i = 0; i < 32; ++i) {
-      if ((fuse_ != nullptr || networked()) && uring_->has_events()) return Found::Events;
-      if (work_waiting()) return Found::Work;
+      const bool events =
+          (fuse_ != nullptr || networked()) && uring_->has_events();  // sleep() takes them without sleeping
+      if (events || work_waiting()) {
+        credit.found();
+        return !events;
+      }
       cpu_relax();
     }
   } while (monotonic_ns() < until);
-  return Found::Nothing;
+  credit.missed();
+  return false;
 }
 
 // A program that waits for the mount is often back soon after its answer, and finding us awake spares two wakes of a sleeping

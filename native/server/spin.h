@@ -50,15 +50,14 @@ class FirstAnswer {
     const uint64_t took = now - asked_ns_, step = usual_ns_ / 32 + 1;
     usual_ns_ = usual_ns_ == 0 ? took : took > usual_ns_ ? usual_ns_ + step : usual_ns_ - step;
     asked_ns_ = 0;
+    looks_ = false;
   }
   // Between from() and to() it pays to look. Both 0: not now.
   uint64_t from() const {
-    if (!looks()) return 0;
+    if (!looks_) return 0;
     return usual_ns_ < kSleepNs ? asked_ns_ : asked_ns_ + usual_ns_ - std::min(usual_ns_ / 4, kEarlyNs);
   }
-  uint64_t to() const {
-    return looks() ? asked_ns_ + usual_ns_ + std::clamp(usual_ns_ / 2, kLateMinNs, kLateMaxNs) : 0;
-  }
+  uint64_t to() const { return looks_ ? asked_ns_ + usual_ns_ + std::clamp(usual_ns_ / 2, kLateMinNs, kLateMaxNs) : 0; }
   void found() { credit_.found(); }
   void missed() {
     credit_.missed();
@@ -66,7 +65,6 @@ class FirstAnswer {
   }
 
  private:
-  bool looks() const { return awaited() && looks_; }
   SpinCredit credit_;
   bool looks_ = false;
   uint64_t asked_ns_ = 0, usual_ns_ = 0;
