@@ -121,12 +121,12 @@ bool TcpStream::receive_pieces() {
     expected_ += len;
   };
   const size_t end = single_ ? piece_ + 1 : pieces_.size();
-  uint64_t left = 0;
-  for (size_t i = piece_; i < end; ++i) left += pieces_[i].len;
-  left -= piece_done_;
-  for (size_t i = piece_; i < end && n < kRecvIov && expected_ < kRecvBytes; ++i) {
+  size_t i = piece_;
+  bool whole = true;  // the last of them
+  for (; i < end && n < kRecvIov && expected_ < kRecvBytes; ++i) {
     const uint32_t skip = i == piece_ ? piece_done_ : 0;
     uint32_t rest = std::min(pieces_[i].len - skip, kRecvBytes - expected_);
+    whole = skip + rest == pieces_[i].len;
     if (pieces_[i].ptr != nullptr) {
       put(pieces_[i].ptr + skip, rest);
       continue;
@@ -140,7 +140,7 @@ bool TcpStream::receive_pieces() {
     }
   }
   // The next header, too, if all of the pieces and more has come already: the stage is empty.
-  const bool more = waiting_ > expected_ && left == expected_ && !single_ && n < kRecvIov;
+  const bool more = waiting_ > expected_ && i == end && whole && !single_ && n < kRecvIov;
   if (more) {
     at_ = 0;
     recv_iov_[n++] = {stage_.get(), std::min(waiting_ - expected_, kStage)};
