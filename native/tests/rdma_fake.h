@@ -306,6 +306,7 @@ inline VerbsTable FakeRdma::table() {
     a->state = fake->port;
     return 0;
   };
+  t.query_gid_ex = [](ibv_context*, uint32_t, uint32_t, ibv_gid_entry*, uint32_t, size_t) { return ENODATA; };
   t.get_async_event = [](ibv_context*, ibv_async_event* e) {
     rung(fake->context.async_fd);
     if (fake->async.empty()) return again();

@@ -2,11 +2,10 @@
 #include "rdma_device.h"
 
 #include <fcntl.h>
+#include <net/if.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstring>
 
@@ -19,25 +18,18 @@ namespace {
 
 int last_error() { return errno != 0 ? -errno : -EIO; }
 
-// The first line of a small file; 0 or -errno.
-int first_line(const std::string& path, std::string* out) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return -errno;
-  std::array<char, 64> text;
-  const ssize_t n = ::read(fd, text.data(), text.size());
-  const int err = n < 0 ? -errno : 0;
+// That the network device of a RoCE port has lost its carrier. The kernel tells the port of it later.
+bool carrier_lost(const VerbsTable& verbs, ibv_context* context, uint8_t port) {
+  ibv_gid_entry gid{};
+  char name[IF_NAMESIZE], carrier = '1';
+  if (verbs.query_gid_ex(context, port, 0, &gid, 0, sizeof gid) != 0 || gid.gid_type == IBV_GID_TYPE_IB ||
+      if_indextoname(gid.ndev_ifindex, name) == nullptr)
+    return false;  // InfiniBand, or not to be seen from here
+  const int fd = ::open(("/sys/class/net/" + std::string(name) + "/carrier").c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return false;
+  const bool off = ::read(fd, &carrier, 1) < 0 && errno == EINVAL;
   ::close(fd);
-  if (err == 0) out->assign(text.data(), size_t(std::find(text.data(), text.data() + n, '\n') - text.data()));
-  return err;
-}
-
-// That the network device of a RoCE port has lost its carrier. The kernel tells the port of it later, up to a second.
-bool carrier_lost(const std::string& device, uint8_t port) {
-  std::string netdev, carrier;
-  const std::string gid = "/sys/class/infiniband/" + device + "/ports/" + std::to_string(port) + "/gid_attrs/ndevs/0";
-  if (first_line(gid, &netdev) != 0 || netdev.empty()) return false;  // InfiniBand, or not to be seen from here
-  const int err = first_line("/sys/class/net/" + netdev + "/carrier", &carrier);
-  return err == 0 ? carrier == "0" : err == -EINVAL;  // EINVAL: it is switched off
+  return off || carrier == '0';
 }
 
 }  // namespace
@@ -154,7 +146,7 @@ RdmaDevice::~RdmaDevice() {
 bool RdmaDevice::port_active(uint8_t port) const {
   ibv_port_attr attr{};
   if (verbs_.query_port(context_, port, &attr) != 0 || attr.state != IBV_PORT_ACTIVE) return false;
-  return !carrier_lost(name_, port);
+  return !carrier_lost(verbs_, context_, port);
 }
 
 void RdmaDevice::bury(rdma_cm_id* id, rdma_event_channel* events) {

@@ -97,7 +97,7 @@ class RdmaDevice {
   // 0 or -errno: those that could not be posted are tried again with the next ones.
   int repost(const uint32_t* slots, uint32_t n);
 
-  // It is, and its network device has a carrier: that goes before the port's state does.
+  // By its state, and by the carrier of its network device, which is lost before the state says so.
   bool port_active(uint8_t port) const;
   // A connection's end while its port is down: the RDMA CM would say goodbye into nothing, and the management queue pair of
   // soft-RoCE does not survive that. So the id goes when the port is up again. At most kBuried wait for it.
